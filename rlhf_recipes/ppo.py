@@ -1,0 +1,589 @@
+"""PPO with a learned critic as a thin subclass of TRL's GRPOTrainer, for one base model that holds all four roles.
+
+TRL generates, calls the reward functions, clips the policy's ratio, checkpoints and logs. What is added here: the KL penalty
+in the reward, the critic and its advantages, the reward and value adapters, and the trunk that all roles share.
+"""
+
+import functools
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import GRPOTrainer
+from trl.trainer.utils import disable_dropout_in_model, pad, selective_log_softmax_and_entropy
+
+from rlhf_recipes.advantages import (
+    KLController,
+    clipped_value_loss,
+    explained_variance,
+    gae,
+    kl_estimate,
+    last_token,
+    token_rewards,
+    whiten,
+)
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.formats import render
+from rlhf_recipes.ppo_config import PPOConfig
+from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Roles, last_real_token
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "ppo_state.json"
+
+
+@dataclass
+class Rollout:
+    """A rollout batch of `b` episodes, prompts padded on the left to `p` tokens, completions on the right to `t`."""
+
+    input_ids: Tensor  # (b, p + t)
+    attention_mask: Tensor  # (b, p + t)
+    mask: Tensor  # (b, t), bool: the completion's tokens, EOS included
+    trunk: Tensor | None = None  # (b, p + t, hidden): output of the shared lower layers
+    logps: Tensor = field(default_factory=Tensor)  # (b, t): log-probabilities under the policy that generated them
+    ref_logps: Tensor = field(default_factory=Tensor)  # (b, t): the same under the reference
+
+
+class PPOTrainer(GRPOTrainer):
+    """Trainer for PPO (arXiv 1707.06347) with a KL penalty to the reference, as in InstructGPT (arXiv 2203.02155).
+
+    Example:
+
+    ```python
+    from rlhf_recipes import PPOConfig, PPOTrainer
+
+    trainer = PPOTrainer(
+        model=PeftModel.from_pretrained(base, "my-sft-adapter"),  # or a model id with a `peft_config`
+        args=PPOConfig("out", beta=0.05),
+        reward_adapter="my-reward-adapter",                       # and/or `reward_funcs`, as in any TRL trainer
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model: a PEFT model whose adapter `default` is the policy (the reference is a frozen copy of it), or a model or
+            model id together with `peft_config` (the reference is the model itself).
+        reward_funcs: TRL's: functions, model ids or sequence classifiers. May be left out where there is a `reward_adapter`.
+        args: a `PPOConfig`.
+        reward_adapter: folder of a reward model trained as a LoRA adapter with a `score` head on this base. In
+            `reward_weights` it comes first.
+        ptx_dataset: rows of `prompt` and `completion` for the SFT loss; needed where `ptx_coef` is not 0.
+
+    Raises:
+        UserError: no adapter to train, an adapter that does not fit, or a combination that cannot work.
+    """
+
+    _tag_names = ["trl", "ppo"]
+    _name = "PPO"
+    _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any = None,
+        args: PPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        reward_adapter: str | Path | None = None,
+        ptx_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ):
+        args = args or PPOConfig("ppo")
+        if not isinstance(model, PeftModel) and peft_config is None:
+            raise UserError(
+                "PPOTrainer trains adapters: pass a PeftModel, or a `peft_config` such as LoraConfig(target_modules='all-linear')"
+            )
+        if args.use_vllm and getattr(model, "quantization_method", None) is not None:
+            raise UserError("use_vllm=True cannot sample from a quantized base: vLLM would be sent its packed weights")
+        if bool(args.ptx_coef) != (ptx_dataset is not None):
+            raise UserError(f"ptx_coef={args.ptx_coef} and ptx_dataset go together: give both or neither")
+        funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
+        if reward_adapter is not None:
+            funcs = [self.reward_model, *funcs]
+        _align_with_iterations(args)
+
+        if isinstance(model, PeftModel):
+            # TRL casts what is trainable to bf16 on a quantized base; the adapter has to stay as it was loaded
+            model.requires_grad_(False)
+        beta, args.beta = args.beta, 0.0  # TRL's own KL term, in the loss, stays off
+        super().__init__(
+            model=model,
+            reward_funcs=funcs,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        args.beta = beta
+        if args.top_p < 1 or args.top_k > 0 or args.min_p:
+            logger.warning(
+                "top_p, top_k or min_p cut the distribution that completions are sampled from, but the policy is scored "
+                "without the cut: the ratio is biased"
+            )
+        _contiguous_on_cpu(self.model.get_output_embeddings())
+        self.roles = self._assign_roles(None if reward_adapter is None else Path(reward_adapter))
+        self.kl = KLController(beta, args.kl_target, args.kl_horizon)
+        self.critic_ready = args.freeze_value or args.value_warmup_max_iterations == 0
+        self.warmed_up_iterations = 0
+        self.stop_reason: str | None = None
+        self.ptx_dataset = ptx_dataset
+        self._rollout: Rollout | None = None
+        self._scores: Tensor = torch.empty(0)
+        self._logps_now: Tensor | None = None  # of the last policy forward, kept for metrics
+        self._pass_kl: list[float] = []  # KL to the generating policy, by micro-batch of the current rollout batch
+        self._stop_passes = False
+        self._trunk_checked = False
+
+    def _assign_roles(self, reward_adapter: Path | None) -> Roles:
+        """Add reference, reward and value to the policy, and settle what trains."""
+        args, model = self.args, self.model
+        if str(model.peft_config[POLICY].init_lora_weights).lower().startswith(("pissa", "milora")):
+            logger.warning("PiSSA and MiLoRA initializations are reported to collapse in RL (arXiv 2512.23165)")
+        roles = Roles(model, args.trunk)
+        roles.add_copy(REFERENCE, POLICY)
+        if reward_adapter is not None:
+            roles.add_copy(REWARD, POLICY)
+            roles.load(REWARD, reward_adapter)
+            if REWARD not in roles.heads:
+                raise UserError(f"the adapter in {reward_adapter} has no scalar head: it is no reward model")
+        if args.value_init == "reward" and reward_adapter is not None:
+            roles.add_copy(VALUE, REWARD)
+            roles.add_head(VALUE).load_state_dict(roles.heads[REWARD].state_dict())
+        else:
+            roles.add_copy(VALUE, POLICY)
+            roles.add_head(VALUE)
+            if args.value_init not in ("reward", "sft"):
+                roles.load(VALUE, Path(args.value_init))
+        roles.train(POLICY, *([] if args.freeze_value else [VALUE]))
+        shared = roles.find_trunk()
+        if shared < roles.frozen_layers:
+            logger.warning(
+                "%d of %d frozen layers are equal in all adapters and shared; the others differ, since an earlier stage "
+                "trained them (its `trunk` was smaller)",
+                shared,
+                roles.frozen_layers,
+            )
+        disable_dropout_in_model(model)  # with dropout, the ratio would not start at 1
+        # the critic's gradients are reduced by hand, since its passes do not go through the wrapped model
+        ignored = [name for name, _ in model.named_parameters() if f".{VALUE}." in name]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        return roles
+
+    # ---- rollout: generate, score, compute advantages
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[list[list[int]], Any]:
+        size = self.args.rollout_batch_size
+        with self._timed("generate"):
+            if size is None or self.use_vllm or images or multimodal_fields:
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            completions: list[list[int]] = []
+            for start in range(0, len(prompt_ids), size):
+                chunk = prompt_ids[start : start + size]
+                completions += super()._generate_single_turn(chunk, None, {}, *args, **kwargs)[0]
+            return completions, None
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        self._rollout = None
+        generated = super()._generate(prompts)
+        self._rollout = self._rolled_out(prompt_ids=generated[0], completion_ids=generated[1])
+        return generated
+
+    @torch.no_grad()
+    def _rolled_out(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Rollout:
+        """Pad as TRL does, compute the trunk once, and score the sampled tokens under policy and reference."""
+        prompts, prompt_mask = self._padded(prompt_ids, "left")
+        completions, completion_mask = self._padded(completion_ids, "right")
+        rollout = Rollout(
+            input_ids=torch.cat([prompts, completions], dim=1),
+            attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
+            mask=completion_mask.bool(),
+        )
+        with self._timed("score"), self.accelerator.autocast():
+            self._check_trunk(rollout)
+            if self.roles.trunk_layers:
+                rollout.trunk = self._in_chunks(rollout, self.roles.trunk_states)
+            score = functools.partial(self._token_logps, self.model, completion_length=rollout.mask.size(1))
+            rollout.logps = self._in_chunks(rollout, lambda *batch: score(*batch)[0])
+            with self.roles.active(REFERENCE):
+                rollout.ref_logps = self._in_chunks(rollout, lambda *batch: score(*batch)[0])
+        return rollout
+
+    def _padded(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        """Ids and mask (b, s) of rows of token ids."""
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+        pad_id, multiple, device = self._tokenizer.pad_token_id, self.pad_to_multiple_of, self.accelerator.device
+        return (
+            pad(ids, pad_id, padding_side=side, pad_to_multiple_of=multiple).to(device),
+            pad([torch.ones_like(row) for row in ids], 0, padding_side=side, pad_to_multiple_of=multiple).to(device),
+        )
+
+    def _check_trunk(self, rollout: Rollout) -> None:
+        """Once, compare the model's output with and without the trunk, and go without where they differ."""
+        if self._trunk_checked or not self.roles.trunk_layers:
+            return
+        ids, mask = rollout.input_ids[:2], rollout.attention_mask[:2]
+        whole = self.roles.hidden_states(ids, mask).float()
+        with self.roles.trunk_given(self.roles.trunk_states(ids, mask)):
+            difference = (self.roles.hidden_states(ids, mask).float() - whole)[mask.bool()].norm() / whole.norm()
+        if difference > 1e-2:  # rounding in bf16; a wrong trunk differs by its whole norm
+            logger.warning("the shared trunk changes this model's output (by %.2g): going without it", difference)
+            self.roles.trunk_layers = 0
+        self._trunk_checked = True
+
+    def _in_chunks(self, rollout: Rollout, compute: Callable[..., Any]) -> Any:
+        """`compute(input_ids, attention_mask)` by micro-batches, with the trunk given, joined again."""
+        size = self.args.per_device_train_batch_size
+        parts = []
+        for start in range(0, len(rollout.input_ids), size):
+            rows = slice(start, start + size)
+            with self.roles.trunk_given(None if rollout.trunk is None else rollout.trunk[rows]):
+                parts.append(compute(rollout.input_ids[rows], rollout.attention_mask[rows]))
+        return torch.cat(parts)
+
+    def _token_logps(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (b, t) of the completion's tokens, under the active adapter.
+
+        On a GPU TRL's fused LM head does it without holding the logits. On a CPU that head scores the prompt too, and
+        computes everything again in the backward pass; there the model is asked for the completion's logits alone.
+        """
+        if self.accelerator.device.type != "cpu":
+            logps, entropies, _ = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, completion_length, compute_entropy=True
+            )
+            return logps, entropies
+        with self.accelerator.autocast():
+            logits = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                logits_to_keep=completion_length + 1,
+                use_cache=False,
+            ).logits[:, :-1]
+        return selective_log_softmax_and_entropy(
+            logits, input_ids[:, -completion_length:], self._entropy_bonus_enabled, temperature=self.temperature
+        )
+
+    def _get_per_token_logps_and_entropies(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, None]:
+        if not torch.is_grad_enabled():  # TRL asks for the old log-probabilities, which are there already
+            return self._rollout.logps, None, None
+        logps, entropies = self._token_logps(model, input_ids, attention_mask, logits_to_keep)
+        self._logps_now = logps.detach()
+        return logps, entropies, None
+
+    def reward_model(self, **kwargs: Any) -> list[float]:
+        """Scores of the current episodes by the reward adapter: a reward function as TRL knows them."""
+        rollout = self._rollout
+
+        def score(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            hidden = self.roles.hidden_states(input_ids, attention_mask)
+            rows = torch.arange(len(hidden), device=hidden.device)
+            return self.roles.scalars(REWARD, hidden[rows, last_real_token(input_ids, self._tokenizer.pad_token_id)])
+
+        with torch.no_grad(), self.accelerator.autocast(), self.roles.active(REWARD):
+            return self._in_chunks(rollout, score).tolist()
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[Any], completion_ids: Any) -> Tensor:
+        with self._timed("reward"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)  # (all episodes, functions)
+        if rewards.isinf().any():
+            row, function = rewards.isinf().nonzero()[0].tolist()
+            name, completion = self.reward_func_names[function], completions[row % len(completions)]
+            raise UserError(f"reward `{name}` is {rewards[row, function].item()} for the completion {completion!r}")
+        scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        scores[rewards.isnan().all(dim=1)] = torch.nan
+        own = len(self._rollout.mask)
+        self._scores = scores[self.accelerator.process_index * own :][:own]
+        return rewards
+
+    def _values(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+        """Values (b, t) of the states before each completion token; the `value` adapter has to be active."""
+        with self.accelerator.autocast():
+            hidden = self.roles.hidden_states(input_ids, attention_mask)[:, -completion_length - 1 : -1]
+        return self.roles.scalars(VALUE, hidden)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        started = time.perf_counter()
+        batch = super()._generate_and_score_completions(inputs)
+        rollout = self._rollout
+        mode = "train" if self.model.training else "eval"
+        metrics, reduce = self._metrics[mode], functools.partial(self.accelerator.reduce, reduction="sum")
+        metrics.pop("frac_reward_zero_std", None)  # speaks of groups, which PPO has none of
+
+        kl = kl_estimate(rollout.logps, rollout.ref_logps, "k3") * rollout.mask  # low variance, for the eye and the controller
+        kl_per_episode = self._mean(kl.sum(dim=1))
+        metrics["kl"].append(kl_per_episode)
+        scores, ended = self._shaped_scores(rollout)
+        metrics["eos_share"].append(self._mean(ended.float()))
+        if mode == "eval":
+            metrics["objective"].append(self._mean(scores) - self.kl.coef * kl_per_episode)
+            self._rollout = None
+            return batch
+
+        with torch.no_grad(), self._timed("score"), self.roles.active(VALUE):
+            values = functools.partial(self._values, completion_length=rollout.mask.size(1))
+            values = self._in_chunks(rollout, values) * rollout.mask
+        penalty = kl_estimate(rollout.logps, rollout.ref_logps, self.args.kl_estimator)
+        rewards = token_rewards(scores.nan_to_num(nan=0.0), penalty, rollout.mask, self.kl.coef)
+        if self.args.whiten_rewards:
+            rewards = whiten(rewards, rollout.mask, reduce, shift_mean=False)
+        scored = rollout.mask & ~scores.isnan()[:, None]  # an episode that no function could score teaches nothing
+        advantages = gae(rewards, values, rollout.mask, self.args.gamma, self.args.lam)
+        returns = gae(rewards, values, rollout.mask, self.args.gamma, self.args.value_lam) + values
+        returns = torch.where(scored, returns, values)
+        if self.args.whiten_advantages:
+            advantages = whiten(advantages, scored, reduce)
+
+        variance_explained = explained_variance(values, returns, scored, reduce)
+        metrics["explained_variance"].append(variance_explained)
+        metrics["kl_coef"].append(self.kl.coef)
+        metrics["reward_with_kl"].append(self._mean(rewards.sum(dim=1)))
+        metrics["tokens_per_second"].append(
+            self.accelerator.gather(rollout.mask.sum()).sum().item() / (time.perf_counter() - started)
+        )
+        self._show_advantages((advantages * rollout.mask).sum(dim=1))
+        self._begin_iteration(kl_per_episode, variance_explained)
+        self._rollout = None
+        batch |= {
+            "advantages": advantages * scored,
+            "old_per_token_logps": rollout.logps,
+            "values": values,
+            "returns": returns,
+        }
+        if rollout.trunk is not None:
+            batch["trunk"] = rollout.trunk
+        return batch
+
+    def _shaped_scores(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Scores (b,) after clipping and the penalty for a missing EOS, and which episodes (b,) ended in EOS."""
+        rows = torch.arange(len(rollout.mask), device=rollout.mask.device)
+        last = rollout.input_ids[:, -rollout.mask.size(1) :][rows, last_token(rollout.mask)]
+        ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))
+        scores = self._scores.clone()
+        if self.args.reward_clip is not None:
+            scores = scores.clamp(-self.args.reward_clip, self.args.reward_clip)
+        if self.args.missing_eos_penalty is not None:
+            scores = scores - self.args.missing_eos_penalty * ~ended
+        return scores, ended
+
+    def _show_advantages(self, advantages: Tensor) -> None:
+        """Put the episodes' advantages (b,) in the completions table, where GRPO has just put its zeros."""
+        table, rows = self._logs["advantages"], self.accelerator.gather(advantages).tolist()
+        for _ in range(min(len(rows), len(table))):
+            table.pop()
+        table.extend(rows)
+
+    def _begin_iteration(self, kl_per_episode: float, variance_explained: float) -> None:
+        """With a new rollout batch: stop if the policy ran away, move the KL coefficient, see whether the critic is ready."""
+        self._pass_kl, self._stop_passes = [], False
+        if self.args.kl_budget is not None and kl_per_episode > self.args.kl_budget:
+            self.stop_reason = (
+                f"stopped at step {self.state.global_step}: the KL to the reference is {kl_per_episode:.3g} nats per "
+                f"sequence, over kl_budget={self.args.kl_budget:g}. Raise beta, or lower learning_rate."
+            )
+            logger.warning(self.stop_reason)
+            self.control.should_training_stop = True
+        if self.critic_ready:
+            self.kl.update(kl_per_episode, self.args.generation_batch_size)
+            return
+        enough = variance_explained >= self.args.value_warmup_explained_variance
+        if enough or self.warmed_up_iterations >= self.args.value_warmup_max_iterations:
+            self.critic_ready = True
+            logger.info(
+                "critic warmed up in %d iterations: it explains %.2f of the variance of unseen returns",
+                self.warmed_up_iterations,
+                variance_explained,
+            )
+        else:
+            self.warmed_up_iterations += 1
+
+    # ---- training: the critic's pass, the SFT loss, then TRL's clipped policy loss
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        value_loss = torch.zeros((), device=self.accelerator.device)
+        if not self.args.freeze_value:
+            # backward before the next switch of adapters: checkpointing recomputes with the active one
+            with self._timed("value"), self.roles.active(VALUE), self.roles.trunk_given(inputs.get("trunk")):
+                value_loss = self._value_loss(inputs)
+                self.accelerator.backward(value_loss)
+        if not self.critic_ready or self._passes_are_over():
+            return value_loss.detach().requires_grad_()  # a leaf: its backward moves nothing
+        if self.ptx_dataset is not None:
+            self.accelerator.backward(self._ptx_loss(model))
+        with self._timed("policy"), self.roles.trunk_given(inputs.get("trunk")):
+            loss = super()._compute_loss(model, inputs)
+            self._note_ratio(inputs)
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"the policy loss became {loss.item()} at step {self.state.global_step}; nothing after the last checkpoint is "
+                "kept. Lower training.learning_rate, or set training.max_grad_norm, and run the command again."
+            )
+        return loss
+
+    def _value_loss(self, inputs: dict[str, Any]) -> Tensor:
+        """Clipped value loss, normalized over the whole rollout batch just as TRL's `dapo` policy loss is."""
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        values = self._values(input_ids, attention_mask, inputs["completion_ids"].size(1))
+        loss = clipped_value_loss(values, inputs["values"], inputs["returns"], self.args.cliprange_value)
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        loss = (loss * inputs["completion_mask"]).sum() / (tokens * share)
+        per_step = loss.detach() * self.current_gradient_accumulation_steps
+        self._metrics["train"]["value_loss"].append(self._mean(per_step))
+        return loss
+
+    def _ptx_loss(self, model: nn.Module) -> Tensor:
+        """SFT loss on as many demonstrations as there are episodes in a micro-batch, drawn by step: a resumed run draws
+        the same. Source: InstructGPT (arXiv 2203.02155), equation 2."""
+        size = self.args.per_device_train_batch_size
+        accumulation = self.args.gradient_accumulation_steps
+        micro_step = self.state.global_step * accumulation + self._step % accumulation
+        draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + micro_step)
+        rows = torch.randint(len(self.ptx_dataset), (self.accelerator.num_processes, size), generator=draw)
+        pairs = [render(self.ptx_dataset[i], self._tokenizer) for i in rows[self.accelerator.process_index].tolist()]
+        prompts, prompt_mask = self._padded([p for p, _ in pairs], "left")
+        completions, completion_mask = self._padded([c for _, c in pairs], "right")
+        input_ids, attention_mask = torch.cat([prompts, completions], 1), torch.cat([prompt_mask, completion_mask], 1)
+        with self._timed("ptx"):
+            with self.accelerator.autocast():
+                states = self.roles.trunk_states(input_ids, attention_mask)
+            with self.roles.trunk_given(states):
+                logps, _ = self._token_logps(model, input_ids, attention_mask, completions.size(1))
+        loss = -(logps * completion_mask).sum() / completion_mask.sum()
+        self._metrics["train"]["ptx_loss"].append(self._mean(loss.detach()))
+        return self.args.ptx_coef * loss / self.current_gradient_accumulation_steps
+
+    def _note_ratio(self, inputs: dict[str, Any]) -> None:
+        """Log the ratio of new to old policy and its KL over the micro-batch just computed."""
+        mask = inputs["completion_mask"].bool()
+        log_ratio = (self._logps_now - inputs["old_per_token_logps"])[mask]
+        self._pass_kl.append(self._mean(torch.expm1(log_ratio) - log_ratio))
+        self._metrics["train"]["ratio"].append(self._mean(log_ratio.exp()))
+        self._metrics["train"]["kl_to_old_policy"].append(self._pass_kl[-1])
+
+    def _passes_are_over(self) -> bool:
+        """Whether an earlier pass over this rollout batch ended beyond `target_kl`; looked at between passes only."""
+        micro_batches = self.args.steps_per_generation
+        new_pass = self._step % micro_batches == 0 and self._step % (micro_batches * self.num_iterations)
+        if self.args.target_kl is not None and new_pass and self._pass_kl:
+            last_pass = self._pass_kl[-micro_batches:]
+            self._stop_passes = self._stop_passes or sum(last_pass) / len(last_pass) > self.args.target_kl
+        return self._stop_passes
+
+    # ---- optimizer: one for both, each with its own learning rate and gradient clipping
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """TRL's optimizer for the policy, with one more parameter group for the critic."""
+        if self.optimizer is None:
+            trained = dict(self.roles.trained)
+            self.roles.train(POLICY)
+            super().create_optimizer(model)
+            self.roles.train(*trained)
+            if VALUE in trained:
+                rate = {"lr": self.args.value_learning_rate, "weight_decay": self.args.weight_decay}
+                self.optimizer.add_param_group({"params": trained[VALUE], **rate})
+                head = self.roles.heads[VALUE]  # the Trainer zeroes the model's gradients, and the head is not in the model
+                self.optimizer.register_step_post_hook(lambda *_: head.zero_grad())
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        return self.accelerator.clip_grad_norm_(self.roles.trained[POLICY], self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # gradients are unscaled (fp16) from here on
+        value = [p for p in self.roles.trained.get(VALUE, ()) if p.grad is not None]
+        for parameter in value:
+            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+        if value:
+            value_norm = torch.nn.utils.clip_grad_norm_(value, self.args.value_max_grad_norm)
+            self._metrics["train"]["value_grad_norm"].append(value_norm.item())
+        return norm
+
+    # ---- evaluation, checkpoints
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """TRL's evaluation with the same noise each time, and `objective` = reward - beta KL, -inf over the KL budget."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.args.seed)
+            metrics = super().evaluate(*args, **kwargs)
+        over = self.args.kl_budget is not None and metrics.get("eval_kl", 0.0) > self.args.kl_budget
+        return metrics | {"eval_objective": -math.inf} if over else metrics
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
+        """Generate and score; there is no loss to speak of."""
+        self._prepare_inputs(inputs)
+        return None, None, None
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.roles.save_scalar(VALUE, folder / VALUE)
+            state = {
+                "kl_coef": self.kl.coef,
+                "critic_ready": self.critic_ready,
+                "warmed_up_iterations": self.warmed_up_iterations,
+            }
+            (folder / STATE_FILE).write_text(json.dumps(state))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # the Trainer's own way activates adapters one by one, which freezes the critic, and knows no heads
+        folder = Path(resume_from_checkpoint)
+        self.roles.load(POLICY, folder)
+        self.roles.load(VALUE, folder / VALUE)
+        state = json.loads((folder / STATE_FILE).read_text())
+        self.kl.coef = state["kl_coef"]
+        self.critic_ready, self.warmed_up_iterations = state["critic_ready"], state["warmed_up_iterations"]
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # ---- small things
+
+    def _mean(self, x: Tensor) -> float:
+        """Mean over all elements, and over processes."""
+        return self.accelerator.gather(x.float().nanmean()).mean().item()
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._metrics["train" if self.model.training else "eval"][f"time/{phase}"].append(time.perf_counter() - started)
+
+
+def _align_with_iterations(args: PPOConfig) -> None:
+    """Let checkpoints and evaluations fall between iterations: no rollout batch has to be saved, and a resume is exact."""
+    for name, strategy in (("save_steps", args.save_strategy), ("eval_steps", args.eval_strategy)):
+        steps, unit = getattr(args, name), args.steps_per_iteration
+        if strategy == "steps" and steps is not None and steps >= 1 and steps % unit:
+            setattr(args, name, math.ceil(steps / unit) * unit)
+            logger.warning("%s=%g rounded up to %g, a whole number of iterations", name, steps, getattr(args, name))
+
+
+def _contiguous_on_cpu(head: nn.Module) -> None:
+    """On a CPU, a bf16 linear layer on a slice of the hidden states copies its weight once for every row."""
+    head.register_forward_pre_hook(lambda module, args: tuple(x.contiguous() if x.device.type == "cpu" else x for x in args))

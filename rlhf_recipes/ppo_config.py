@@ -1,0 +1,203 @@
+"""Arguments of PPO: TRL's GRPOConfig with PPO's own added, and what means nothing in PPO refused."""
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from trl import GRPOConfig
+
+_REFUSED = {
+    "scale_rewards": "advantages come from a critic, not from groups; see whiten_advantages and whiten_rewards",
+    "multi_objective_aggregation": "rewards are summed by reward_weights",
+    "importance_sampling_level": "PPO's ratio is per token",
+    "loss_type": "PPO's clipped loss is `dapo`: a mean over all tokens of the rollout batch",
+    "mask_truncated_completions": "use missing_eos_penalty",
+    "off_policy_mask_threshold": "use target_kl",
+    "use_bias_correction_kl": "the KL penalty is part of the reward; see kl_estimator",
+    "sync_ref_model": "the reference is the SFT model throughout",
+    "use_transformers_continuous_batching": "it casts the float32 adapters to bf16 while it generates",
+    "use_liger_kernel": "it replaces the model's forward, which the shared trunk relies on",
+}
+
+
+@dataclass
+class PPOConfig(GRPOConfig):
+    r"""
+    Arguments of [`PPOTrainer`]. An *iteration* is one rollout batch: its episodes are generated and scored, then trained
+    on in `num_iterations` passes. `max_steps` counts optimizer steps, as everywhere in TRL.
+
+    Fields of GRPOConfig that read differently here: `beta` is the KL coefficient *in the reward*, `num_iterations` is the
+    number of passes over a rollout batch (PPO's epochs), `epsilon` is the clip range of the policy's ratio.
+    """
+
+    # GRPOConfig's, with PPO's defaults
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Initial learning rate of the policy. The critic has its own."}
+    )
+    beta: float = field(
+        default=0.05,
+        metadata={
+            "help": "Coefficient of the KL penalty to the reference, in the reward. 0 takes no penalty, but the KL is "
+            "still logged. Higher: closer to the SFT model, less reward."
+        },
+    )
+    num_generations: int | None = field(
+        default=1, metadata={"help": "Episodes per prompt in a rollout batch. A critic needs no group: 1."}
+    )
+    num_generations_eval: int | None = field(default=1, metadata={"help": "Episodes per held-out prompt."})
+    num_iterations: int = field(
+        default=2, metadata={"help": "Passes over each rollout batch. Higher: more from each episode, more off-policy."}
+    )
+
+    # KL
+    kl_estimator: str = field(
+        default="k1",
+        metadata={"help": "Estimator of the KL per token in the reward: `k1` (unbiased) or `k3` (never negative)."},
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={"help": "Target KL per sequence, in nats: `beta` becomes adaptive and moves towards it."},
+    )
+    kl_horizon: int = field(
+        default=10_000, metadata={"help": "Episodes over which the adaptive coefficient corrects. Lower: faster."}
+    )
+    target_kl: float | None = field(
+        default=None,
+        metadata={
+            "help": "Skip the remaining passes over a rollout batch once the policy's KL per token to the policy that "
+            "generated it exceeds this."
+        },
+    )
+    kl_budget: float | None = field(
+        default=None,
+        metadata={"help": "Stop training once the KL per sequence to the reference exceeds this many nats."},
+    )
+
+    # Rewards
+    whiten_rewards: bool = field(
+        default=False, metadata={"help": "Scale the rewards per token (KL penalty included) to variance 1."}
+    )
+    whiten_advantages: bool = field(
+        default=True, metadata={"help": "Scale the advantages of a rollout batch to mean 0 and variance 1."}
+    )
+    reward_clip: float | None = field(
+        default=None, metadata={"help": "Clip each episode's score to plus and minus this, before the KL penalty."}
+    )
+    missing_eos_penalty: float | None = field(
+        default=None,
+        metadata={"help": "Subtracted from the score of a completion that was cut at max_completion_length."},
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of GAE for the policy's advantages."})
+
+    # Critic
+    value_lam: float = field(
+        default=1.0,
+        metadata={"help": "Lambda of GAE for the critic's targets. 1: the plain return (VAPO, arXiv 2504.05118)."},
+    )
+    value_learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the critic."})
+    value_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping of the critic, on its own."})
+    cliprange_value: float | None = field(
+        default=0.2, metadata={"help": "Clip range of the value loss around the old values. None: no clipping."}
+    )
+    value_warmup_explained_variance: float = field(
+        default=0.0,
+        metadata={
+            "help": "The policy does not move before the critic has explained this share of the variance of the "
+            "returns of a rollout batch that it has not seen."
+        },
+    )
+    value_warmup_max_iterations: int = field(
+        default=4, metadata={"help": "But no longer than for this many iterations. 0: no warm-up."}
+    )
+    value_init: str = field(
+        default="reward",
+        metadata={
+            "help": "Where the critic starts: `reward` (copy of the reward adapter and head), `sft` (copy of the policy, "
+            "zero head), or the folder of a saved critic. Without a reward adapter, `reward` is `sft`."
+        },
+    )
+    freeze_value: bool = field(
+        default=False,
+        metadata={"help": "Do not train the critic (a pretrained one, as in DVPO, arXiv 2502.16944)."},
+    )
+
+    # SFT loss, shared layers, memory
+    ptx_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the SFT loss added to the policy's (PPO-ptx of InstructGPT): what SFT taught is kept."
+        },
+    )
+    trunk: float = field(
+        default=0.5,
+        metadata={
+            "help": "Share of the decoder layers, from the bottom, that stay frozen and are computed once for all roles. "
+            "Higher: faster and smaller; 0 trains all layers."
+        },
+    )
+    rollout_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sequences generated at once. Lower: less memory for the cache, slower. None: the whole rollout batch."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        faults = _faults(self)
+        if faults:
+            raise ValueError("PPOConfig: " + "; ".join(faults))
+        # GRPOConfig insists on groups of two or more that fill the batch. PPO has none, so it is shown one single group.
+        episodes = self.num_generations
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
+        if self.num_generations < 2:
+            raise ValueError("PPOConfig: a rollout batch of one episode has no spread to learn from; raise steps_per_generation")
+        super().__post_init__()
+        self.num_generations = episodes
+        if self.generation_batch_size % episodes:
+            raise ValueError(
+                f"PPOConfig: num_generations={episodes} does not divide the rollout batch of {self.generation_batch_size}"
+            )
+        if self.gradient_accumulation_steps > self.steps_per_generation or (
+            self.steps_per_generation % self.gradient_accumulation_steps
+        ):
+            raise ValueError(
+                f"PPOConfig: a rollout batch is {self.steps_per_generation} micro-batches (steps_per_generation), which is no "
+                f"multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}: an optimizer step would mix "
+                "two rollout batches. Set steps_per_generation to a multiple of it."
+            )
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps that one rollout batch serves."""
+        return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
+
+
+def _faults(args: PPOConfig) -> list[str]:
+    """What is wrong with the values, in words."""
+    defaults: dict[str, Any] = {f.name: f.default for f in fields(args) if f.default is not MISSING}
+    found = [
+        f"{name}={getattr(args, name)!r} has no meaning in PPO: {why}"
+        for name, why in _REFUSED.items()
+        if getattr(args, name) != defaults[name]
+    ]
+    rules = {
+        "num_generations": (args.num_generations is not None and args.num_generations >= 1, "at least 1"),
+        "num_iterations": (args.num_iterations >= 1, "at least 1"),
+        "kl_estimator": (args.kl_estimator in ("k1", "k3"), "`k1` or `k3`"),
+        "beta": (args.beta >= 0, "0 or more"),
+        "gamma": (0 <= args.gamma <= 1, "between 0 and 1"),
+        "lam": (0 <= args.lam <= 1, "between 0 and 1"),
+        "value_lam": (0 <= args.value_lam <= 1, "between 0 and 1"),
+        "trunk": (0 <= args.trunk < 1, "at least 0 and below 1"),
+        "ptx_coef": (args.ptx_coef >= 0, "0 or more"),
+        "kl_target": (args.kl_target is None or args.kl_target > 0, "positive or null"),
+        "target_kl": (args.target_kl is None or args.target_kl > 0, "positive or null"),
+        "kl_budget": (args.kl_budget is None or args.kl_budget > 0, "positive or null"),
+        "reward_clip": (args.reward_clip is None or args.reward_clip > 0, "positive or null"),
+        "rollout_batch_size": (args.rollout_batch_size is None or args.rollout_batch_size >= 1, "at least 1, or null"),
+    }
+    found += [f"{name}={getattr(args, name)!r} must be {rule}" for name, (holds, rule) in rules.items() if not holds]
+    if args.kl_target is not None and args.beta == 0:
+        found.append("kl_target needs a beta above 0 to start from: an adaptive coefficient only scales it")
+    return found

@@ -1,0 +1,286 @@
+"""Policy, reference, reward and value as LoRA adapters on one base model, over one trunk that all of them share.
+
+    role        adapter     head
+    policy      `default`   the base's LM head
+    reference   `ref`       the base's LM head
+    reward      `reward`    a scalar head
+    value       `value`     a scalar head
+
+The *trunk* is the lower decoder layers: those in which all adapters are equal and none is trained. Its output is computed
+once for a batch and serves every role and every pass.
+"""
+
+import copy
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rlhf_recipes.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+POLICY, REFERENCE, REWARD, VALUE = "default", "ref", "reward", "value"
+"""Adapter names. PEFT loads and saves `default` without being told, and TRL trains it."""
+
+ADAPTER_FILE = "adapter_model.safetensors"
+HEAD_KEY = "base_model.model.score.weight"
+"""Where PEFT keeps the scalar head of a sequence classification adapter."""
+HEAD_FILE = "head.json"
+"""`mean` and `std` that the head's output is normalised by; PEFT's file has no place for them."""
+
+
+class Roles:
+    """The adapters of one PEFT model, the scalar heads beside it, and the trunk below them.
+
+    Heads are modules of their own, in float32, never inside the model: nothing that walks over the model (generation,
+    vLLM, saving, quantisation) can meet them.
+
+    Args:
+        model: a PEFT model of a causal LM whose policy is the adapter `default`.
+        trunk: share of the decoder layers, from the bottom, that no role trains (0 to 1).
+    """
+
+    def __init__(self, model: PeftModel, trunk: float):
+        self.model = model
+        self.decoder: nn.Module = model.get_base_model().base_model
+        self.heads: dict[str, nn.Linear] = {}
+        layers = getattr(self.decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            logger.warning("%s has no list of decoder layers: no trunk is shared", type(self.decoder).__name__)
+            layers = nn.ModuleList()
+        self.layers: list[nn.Module] = list(layers)
+        self.frozen_layers = int(trunk * len(self.layers))
+        self.trunk_layers = 0
+        self.trained: dict[str, list[nn.Parameter]] = {}
+        self.full_precision(POLICY)
+
+    # ---- adapters and heads
+
+    def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters under the names that PEFT saves them by."""
+        part = re.compile(rf"(\.lora_\w+|\.modules_to_save)\.{adapter}(?=\.|$)")
+        return {
+            part.sub(lambda found: found[1].replace(".modules_to_save", ""), name): parameter
+            for name, parameter in self.model.named_parameters()
+            if part.search(name)
+        }
+
+    def layer_parameters(self, adapter: str, layers: list[nn.Module]) -> dict[str, nn.Parameter]:
+        """Those of the adapter's parameters that sit in the given decoder layers."""
+        inside = {id(p) for layer in layers for p in layer.parameters()}
+        return {name: p for name, p in self.parameters(adapter).items() if id(p) in inside}
+
+    def add_copy(self, adapter: str, source: str) -> None:
+        """Add an adapter equal to another one in every tensor."""
+        self.model.add_adapter(adapter, self.model.peft_config[source])
+        self.full_precision(adapter)
+        copies = self.parameters(adapter)
+        for name, parameter in self.parameters(source).items():
+            copies[name].data.copy_(parameter.data)
+
+    def full_precision(self, adapter: str) -> None:
+        """Hold the adapter in float32: a bf16 weight of 0.02 does not feel an update of 1e-5."""
+        for parameter in self.parameters(adapter).values():
+            parameter.data = parameter.data.float()
+
+    def load(self, adapter: str, folder: Path) -> None:
+        """Put an adapter's saved tensors, and its scalar head where it has one, into an adapter that exists.
+
+        Raises:
+            UserError: the folder holds no adapter, or one of another base, rank or set of target modules.
+        """
+        saved = read_adapter(folder)
+        head = saved.pop(HEAD_KEY, None)
+        parameters = self.parameters(adapter)
+        parameters.pop(HEAD_KEY, None)
+        shapes, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (saved, parameters))
+        if shapes != wanted:
+            name = min(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+            raise UserError(
+                f"the adapter in {folder} does not fit: {name} is {shapes.get(name, 'missing')} there and "
+                f"{wanted.get(name, 'missing')} in this model. All adapters of a run share base, rank and target modules; "
+                "they are fixed where the SFT adapter is made."
+            )
+        for name, parameter in parameters.items():
+            parameter.data.copy_(saved[name])
+        if head is not None:
+            scale = folder / HEAD_FILE
+            self.add_head(adapter, head, **(json.loads(scale.read_text()) if scale.exists() else {}))
+
+    def add_head(self, adapter: str, weight: Tensor | None = None, *, mean: float = 0.0, std: float = 1.0) -> nn.Linear:
+        """Give the adapter a scalar head whose output is (w h - mean) / std; the weight (1, hidden) is zeros if None.
+
+        A head that is there keeps its parameters and takes the new values: an optimizer may hold them.
+        """
+        hidden = self.model.config.get_text_config().hidden_size
+        if adapter not in self.heads:
+            head = nn.Linear(hidden, 1, device=self.model.device, dtype=torch.float32)
+            self.heads[adapter] = head.requires_grad_(False)
+        head = self.heads[adapter]
+        head.weight.data.copy_(torch.zeros(1, hidden) if weight is None else weight.float() / std)
+        head.bias.data.fill_(-mean / std)
+        return head
+
+    def save_scalar(self, adapter: str, folder: Path) -> None:
+        """Write an adapter and its head as PEFT writes a reward model: it loads again here, and as a sequence classifier."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = get_peft_model_state_dict(self.model, adapter_name=adapter)
+        tensors[HEAD_KEY] = self.heads[adapter].weight.data
+        save_file({k: v.contiguous().cpu().clone() for k, v in tensors.items()}, folder / ADAPTER_FILE)
+        config = copy.copy(self.model.peft_config[adapter])
+        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
+        config.save_pretrained(folder)
+        (folder / HEAD_FILE).write_text(json.dumps({"mean": -self.heads[adapter].bias.item(), "std": 1.0}))
+
+    # ---- which adapter is active, which weights train
+
+    def train(self, *adapters: str) -> None:
+        """From now on exactly these adapters are trainable, above the frozen layers, with their heads.
+
+        PEFT changes what is trainable whenever an adapter is switched or loaded, and saves every adapter it has. TRL and the
+        Trainer call those methods; so they are shadowed on the model to keep to what was settled here: what trains stays
+        trainable, what is frozen stays frozen, and the policy alone is saved (frozen roles are in the folders they came from).
+        """
+        self.trained = {}
+        for adapter in adapters:
+            frozen = self.layer_parameters(adapter, self.layers[: self.frozen_layers])
+            own = [p for name, p in self.parameters(adapter).items() if name not in frozen]
+            self.trained[adapter] = own + list(self.heads[adapter].parameters() if adapter in self.heads else ())
+        for head in self.heads.values():
+            head.requires_grad_(False)
+        peft_class = type(self.model)
+
+        def set_adapter(adapter_name: str, inference_mode: bool = False) -> None:
+            self.activate(adapter_name)
+
+        def load_adapter(*args: Any, **kwargs: Any) -> Any:
+            loaded = peft_class.load_adapter(self.model, *args, **kwargs)
+            self.activate(POLICY)
+            return loaded
+
+        self.model.set_adapter, self.model.load_adapter = set_adapter, load_adapter
+        self.model.save_pretrained = partial(peft_class.save_pretrained, self.model, selected_adapters=[POLICY])
+        self.activate(POLICY)
+
+    def activate(self, adapter: str) -> None:
+        """Make one adapter the active one, and leave what is trainable as it is."""
+        type(self.model).set_adapter(self.model, adapter, inference_mode=True)
+        for parameters in self.trained.values():
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+
+    @contextmanager
+    def active(self, adapter: str) -> Iterator[None]:
+        """Run as one role. A backward pass belongs inside: checkpointing recomputes with the adapter active *then*."""
+        self.activate(adapter)
+        try:
+            yield
+        finally:
+            self.activate(POLICY)
+
+    # ---- the trunk
+
+    def find_trunk(self) -> int:
+        """Settle how many lower layers all adapters share, tie their tensors to one storage, and return the number."""
+        adapters = list(self.model.peft_config)
+        self.trunk_layers = 0
+        for layer in self.layers[: self.frozen_layers]:
+            tensors = [self.layer_parameters(adapter, [layer]) for adapter in adapters]
+            if any(not torch.equal(p, other[name]) for other in tensors[1:] for name, p in tensors[0].items()):
+                break
+            for other in tensors[1:]:
+                for name, parameter in tensors[0].items():
+                    other[name].data = parameter.data
+            self.trunk_layers += 1
+        return self.trunk_layers
+
+    @contextmanager
+    def _layers_replaced(self, layers: list[nn.Module], first: Tensor | None = None) -> Iterator[None]:
+        """Let layers pass their input on; with `first`, the first of them emits that in place of its output."""
+
+        def emit(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+            return hidden_states if first is None else first
+
+        def pass_on(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+            return hidden_states
+
+        # `forward` is shadowed on the instance: the layer's attributes, which some decoders read, stay in place
+        shadowed = [layer.__dict__.get("forward") for layer in layers]
+        for layer in layers:
+            layer.forward = emit if layer is layers[0] else pass_on
+        try:
+            yield
+        finally:
+            for layer, forward in zip(layers, shadowed, strict=True):
+                if forward is None:
+                    del layer.forward
+                else:
+                    layer.forward = forward
+
+    @contextmanager
+    def trunk_given(self, states: Tensor | None) -> Iterator[None]:
+        """Inside, every forward pass takes the trunk's output (b, s, hidden) as given; None: nothing is replaced."""
+        if states is None or self.trunk_layers == 0:
+            yield
+            return
+        with self._layers_replaced(self.layers[: self.trunk_layers], first=states):
+            yield
+
+    @torch.no_grad()
+    def trunk_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor | None:
+        """Output of the trunk (b, s, hidden) for ids and mask (b, s); None where nothing is shared."""
+        if self.trunk_layers == 0:
+            return None
+        kept: list[Tensor] = []
+        hook = self.layers[self.trunk_layers - 1].register_forward_hook(lambda module, args, output: kept.append(output))
+        try:
+            with self._layers_replaced(self.layers[self.trunk_layers :]):
+                self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        finally:
+            hook.remove()
+        return kept[0]
+
+    # ---- what the scalar roles compute
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states (b, s, hidden) under the active adapter; the LM head is not run."""
+        return self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+    def scalars(self, adapter: str, hidden: Tensor) -> Tensor:
+        """The adapter's head on hidden states (..., hidden), in float32 whatever autocast says: (...)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.heads[adapter](hidden.float()).squeeze(-1)
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, on the CPU.
+
+    Raises:
+        UserError: there is no adapter in the folder.
+    """
+    file = folder / ADAPTER_FILE
+    if not file.exists():
+        raise UserError(f"no adapter in {folder} (looked for {ADAPTER_FILE})")
+    return load_file(file)
+
+
+def last_real_token(input_ids: Tensor, pad_token_id: int) -> Tensor:
+    """Index (b,) of the last token that is not padding: where a sequence classifier of transformers reads its score.
+
+    Ids are compared, not the attention mask, since transformers does so: with a pad token that is the EOS token, the score
+    is read before the EOS. A reward model is trained and used by this one rule.
+    """
+    positions = torch.arange(input_ids.size(1), device=input_ids.device)
+    return (positions * (input_ids != pad_token_id)).argmax(dim=1)
+

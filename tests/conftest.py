@@ -1,0 +1,86 @@
+"""Small things that many tests share: a tokenizer of 43 words, a tiny Llama, prompts."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the hub fails at once
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+WORDS = ["<pad>", "<eos>", "<unk>"] + [f"w{i}" for i in range(40)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.fixture
+def tiny_llama():
+    """A function that makes a Llama of 4 layers and 60 thousand random weights, the same ones each time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def make(layers: int = 4, seed: int = 0) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+            initializer_range=0.2,  # at the usual 0.02 every next token is about as likely as any other
+        )
+        return LlamaForCausalLM(config)
+
+    return make
+
+
+@pytest.fixture
+def tiny_policy(tiny_llama):
+    """A function that puts a LoRA adapter, which is not the zero adapter, on the tiny Llama."""
+    from peft import LoraConfig, get_peft_model
+
+    def make(**kwargs):
+        return get_peft_model(
+            tiny_llama(**kwargs),
+            LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    from datasets import Dataset
+
+    return Dataset.from_dict({"prompt": [f"w{i} " + f"w{j} " * (j % 3 + 1) for i in range(8) for j in range(8)]})
+
+
+@pytest.fixture
+def chatml():
+    """A tokenizer of bytes with the habits of SmolLM2's: pad is EOS, and its template goes on after EOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    return tokenizer

@@ -1,0 +1,568 @@
+"""PPOTrainer on a tiny Llama: the claims that a run stands on, most of which would break without an error."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trl.trainer.utils import selective_log_softmax
+
+from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Roles
+
+
+def count_w3(completions, **kwargs):
+    return [float(completion.split().count("w3")) for completion in completions]
+
+
+@pytest.fixture
+def make_trainer(tmp_path, tiny_policy, tokenizer, prompts):
+    """A function that makes a trainer on 16 episodes per iteration, in two micro-batches and two passes."""
+
+    def make(model=None, reward_funcs=count_w3, eval_dataset=None, reward_adapter=None, ptx_dataset=None, **args):
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 2,
+            "max_completion_length": 8,
+            "max_steps": 4,
+            "learning_rate": 1e-2,
+            "value_learning_rate": 1e-2,
+            "value_warmup_max_iterations": 0,
+            "lr_scheduler_type": "constant",
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
+        return PPOTrainer(
+            model=model or tiny_policy(),
+            reward_funcs=reward_funcs,
+            args=PPOConfig(**defaults | args),
+            train_dataset=prompts,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            reward_adapter=reward_adapter,
+            ptx_dataset=ptx_dataset,
+        )
+
+    return make
+
+
+@pytest.fixture
+def reward_adapter(tiny_policy, tmp_path):
+    """Folder of a reward model: the policy's adapter moved in its upper layers, with a head."""
+    roles = Roles(tiny_policy(), trunk=0.5)
+    roles.add_copy(REWARD, POLICY)
+    torch.manual_seed(5)
+    roles.add_head(REWARD, torch.randn(1, 32))
+    for parameter in roles.layer_parameters(REWARD, roles.layers[2:]).values():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    roles.save_scalar(REWARD, tmp_path / "reward")
+    return tmp_path / "reward"
+
+
+def weights(trainer, *adapters):
+    """Everything the adapters and heads hold, copied."""
+    roles = trainer.roles
+    held = {f"{a}/{n}": p.detach().clone() for a in adapters for n, p in roles.parameters(a).items()}
+    return held | {f"{a}/head": roles.heads[a].weight.detach().clone() for a in adapters if a in roles.heads}
+
+
+def moved(before, after):
+    return {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+
+
+def history(trainer, key):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+# ---- the first step
+
+
+def test_kl_is_zero_and_the_ratio_one_before_the_policy_has_moved(make_trainer, reward_adapter):
+    trainer = make_trainer(reward_adapter=reward_adapter)
+    trainer.train()
+    assert history(trainer, "kl")[0] == 0
+    assert history(trainer, "ratio")[0] == 1
+    assert history(trainer, "clip_ratio/region_mean")[0] == 0
+    assert history(trainer, "kl")[1] > 0  # the second iteration
+
+
+def test_dropout_is_off_so_that_the_ratio_starts_at_one(make_trainer, tiny_llama):
+    model = get_peft_model(
+        tiny_llama(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.5, init_lora_weights=False)
+    )
+    trainer = make_trainer(model, max_steps=1)
+    trainer.train()
+    assert history(trainer, "ratio")[0] == 1
+
+
+def test_kl_is_zero_at_the_start_on_a_4_bit_base(make_trainer, tmp_path, tiny_llama):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    tiny_llama().save_pretrained(tmp_path / "base")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=quantization, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+    trainer = make_trainer(model)
+    assert {p.dtype for a in (POLICY, REFERENCE, VALUE) for p in trainer.roles.parameters(a).values()} == {torch.float32}
+    trainer.train()
+    assert history(trainer, "kl")[0] == 0
+
+
+# ---- what trains
+
+
+def test_policy_and_critic_move_above_the_trunk_and_nothing_else_does(make_trainer, reward_adapter):
+    trainer = make_trainer(reward_adapter=reward_adapter)
+    roles = (POLICY, REFERENCE, REWARD, VALUE)
+    before = weights(trainer, *roles)
+    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" not in n}
+    trainer.train()
+    changed = moved(before, weights(trainer, *roles))
+    upper = {n for n in before if ".layers.2." in n or ".layers.3." in n}
+    assert changed == {n for n in upper if n.startswith((POLICY, VALUE))} | {"value/head"}
+    assert not moved(base, dict(trainer.model.named_parameters()))
+
+
+def test_the_optimizer_holds_the_upper_layers_and_the_value_head_each_with_its_learning_rate(make_trainer):
+    trainer = make_trainer(learning_rate=1e-3, value_learning_rate=1e-4)
+    groups = trainer.create_optimizer().param_groups
+    held = {id(p): group["lr"] for group in groups for p in group["params"]}
+    wanted = {id(p): 1e-3 for p in trainer.roles.trained[POLICY]} | {id(p): 1e-4 for p in trainer.roles.trained[VALUE]}
+    assert held == wanted
+
+
+def test_a_frozen_critic_does_not_move(make_trainer):
+    trainer = make_trainer(freeze_value=True)
+    before = weights(trainer, POLICY, VALUE)
+    trainer.train()
+    changed = moved(before, weights(trainer, POLICY, VALUE))
+    assert changed and not any(name.startswith(VALUE) for name in changed)
+
+
+def test_the_policys_step_does_not_depend_on_the_critics_gradient(make_trainer, tiny_policy):
+    """A joint gradient norm would let a large value loss shrink the policy's step."""
+    results = []
+    for clip in (1.0, 1e-6):
+        trainer = make_trainer(tiny_policy(), max_steps=1, value_max_grad_norm=clip, max_grad_norm=0.01)
+        trainer.train()
+        results.append(weights(trainer, POLICY))
+    assert not moved(*results)
+
+
+def test_weights_after_training_with_checkpointing_equal_those_without(make_trainer, tiny_policy, reward_adapter):
+    """Checkpointing recomputes with the adapter that is active in the backward pass: the roles must not be switched before."""
+    results = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(tiny_policy(), reward_adapter=reward_adapter, gradient_checkpointing=checkpointing)
+        trainer.train()
+        results.append(weights(trainer, POLICY, VALUE))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, msg=name)
+
+
+def test_weights_after_training_with_the_trunk_equal_those_without(make_trainer, tiny_policy, reward_adapter):
+    results = []
+    for trunk in (True, False):
+        trainer = make_trainer(tiny_policy(), reward_adapter=reward_adapter)
+        assert trainer.roles.trunk_layers == 2
+        if not trunk:
+            trainer.roles.trunk_layers = 0
+        trainer.train()
+        results.append(weights(trainer, POLICY, VALUE))
+    assert not moved(*results)
+
+
+def test_a_trunk_that_changes_the_output_is_given_up_with_a_warning(make_trainer, caplog):
+    trainer = make_trainer(max_steps=1)
+    honest = trainer.roles.trunk_states
+    trainer.roles.trunk_states = lambda *batch: honest(*batch) * 1.5
+    trainer.train()
+    assert trainer.roles.trunk_layers == 0
+    assert "going without it" in caplog.text
+
+
+def test_the_loss_does_not_depend_on_the_micro_batch(make_trainer, tiny_policy):
+    results = []
+    for size in (16, 4):
+        trainer = make_trainer(
+            tiny_policy(), per_device_train_batch_size=size, gradient_accumulation_steps=16 // size, max_steps=1
+        )
+        trainer.train()
+        results.append(weights(trainer, POLICY, VALUE))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, atol=2e-4, rtol=1e-3, msg=name)
+
+
+# ---- what is computed
+
+
+def test_values_rewards_and_logps_speak_of_the_same_token(make_trainer):
+    """The value of token i is read where token i is predicted from; the score is paid at the last token."""
+    trainer = make_trainer()
+    rollout = trainer._rolled_out([[5, 6], [7, 8, 9]], [[10, 11, 1], [12]])
+    assert rollout.input_ids.tolist() == [[0, 5, 6, 10, 11, 1], [7, 8, 9, 12, 0, 0]]
+    assert rollout.mask.tolist() == [[True, True, True], [True, False, False]]
+    with torch.no_grad(), trainer.roles.active(VALUE):
+        trainer.roles.heads[VALUE].weight.data.normal_()
+        values = trainer._values(rollout.input_ids, rollout.attention_mask, 3)
+        unpadded = trainer.roles.hidden_states(torch.tensor([[7, 8, 9, 12]]), torch.ones(1, 4, dtype=torch.long))
+    torch.testing.assert_close(values[1, 0], trainer.roles.scalars(VALUE, unpadded)[0, 2])
+
+
+def test_log_probabilities_of_padded_rows_equal_those_of_each_row_alone(make_trainer):
+    trainer = make_trainer()
+    prompts, completions = [[5, 6], [7, 8, 9]], [[10, 11, 1], [12]]
+    rollout = trainer._rolled_out(prompts, completions)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        logits = trainer.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        alone = selective_log_softmax(logits, torch.tensor(completion))
+        torch.testing.assert_close(rollout.logps[row, : len(completion)], alone)
+
+
+def test_completions_are_sampled_from_the_adapter_being_trained(make_trainer):
+    """In one framework every rollout came from the base model, with finite losses."""
+    trainer = make_trainer()
+    trainer.train()
+    prompt = torch.tensor([[5, 6, 7]])
+    sampled = trainer.model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=True,
+        output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+    )  # fmt: skip
+    completion = sampled.sequences[0, 3:].tolist()
+    by_sampler = selective_log_softmax(torch.stack(sampled.logits, 1), sampled.sequences[:, 3:])[0]
+    by_policy = trainer._rolled_out([[5, 6, 7]], [completion])
+    torch.testing.assert_close(by_sampler, by_policy.logps[0])
+    assert not torch.allclose(by_sampler, by_policy.ref_logps[0])
+
+
+def test_rollouts_in_chunks_have_every_prompt_once_and_in_order(make_trainer, monkeypatch):
+    trainer = make_trainer(rollout_batch_size=3)
+    seen = []
+    original = trainer.model.generate
+    monkeypatch.setattr(trainer.model, "generate", lambda **kw: seen.append(kw["input_ids"].tolist()) or original(**kw))
+    prompts = [[5 + i] for i in range(8)]
+    completions, _ = trainer._generate_single_turn(prompts, None, {}, 1)
+    assert [len(chunk) for chunk in seen] == [3, 3, 2] and sum(seen, []) == prompts
+    assert len(completions) == 8
+
+
+def test_the_lm_head_sees_the_completion_alone(make_trainer):
+    trainer = make_trainer(max_steps=1, max_completion_length=4)
+    widths = set()
+    trainer.model.get_output_embeddings().register_forward_hook(lambda m, args, out: widths.add(args[0].shape[1]))
+    trainer.train()
+    assert max(widths) <= 4 + 1
+
+
+def test_a_cut_completion_pays_the_missing_eos_penalty_and_a_score_is_clipped(make_trainer):
+    trainer = make_trainer(missing_eos_penalty=1.0, reward_clip=2.0)
+    rollout = trainer._rolled_out([[5], [5]], [[10, 1], [10, 11]])
+    trainer._scores = torch.tensor([5.0, -0.5])
+    scores, ended = trainer._shaped_scores(rollout)
+    assert scores.tolist() == [2.0, -1.5]
+    assert ended.tolist() == [True, False]
+
+
+def test_the_kl_penalty_is_in_the_reward_and_not_in_the_loss_too(make_trainer):
+    trainer = make_trainer(beta=0.3)
+    assert trainer.beta == 0 and trainer.args.beta == 0.3
+    trainer.train()
+    assert history(trainer, "kl_coef") and set(history(trainer, "kl_coef")) == {0.3}
+    last = [entry for entry in trainer.state.log_history if "reward_with_kl" in entry][-1]
+    assert last["reward_with_kl"] < last["reward"]
+
+
+def test_kl_is_logged_at_beta_zero(make_trainer):
+    trainer = make_trainer(beta=0.0)
+    trainer.train()
+    assert history(trainer, "kl")[-1] > 0
+
+
+def test_the_reward_adapter_scores_what_the_policy_wrote(make_trainer, reward_adapter):
+    trainer = make_trainer(reward_funcs=None, reward_adapter=reward_adapter)
+    trainer._rollout = trainer._rolled_out([[5, 6], [7, 8, 9]], [[10, 11, 1], [12]])
+    together = trainer.reward_model()
+    with trainer.roles.active(REWARD):
+        alone = [
+            trainer.roles.scalars(REWARD, trainer.roles.hidden_states(ids, torch.ones_like(ids))[:, -1]).item()
+            for ids in (torch.tensor([[5, 6, 10, 11, 1]]), torch.tensor([[7, 8, 9, 12]]))
+        ]
+    assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_rewards_of_a_model_and_functions_add_up_by_weight(make_trainer, reward_adapter):
+    async def length(completions, **kwargs):
+        return [float(len(completion.split())) for completion in completions]
+
+    trainer = make_trainer(
+        reward_funcs=[count_w3, length], reward_adapter=reward_adapter, reward_weights=[1.0, 0.5, -2.0], max_steps=1
+    )
+    trainer.train()
+    entry = next(e for e in trainer.state.log_history if "reward" in e)
+    parts = [entry[f"rewards/{name}/mean"] for name in ("reward_model", "count_w3", "length")]
+    assert entry["reward"] == pytest.approx(parts[0] + 0.5 * parts[1] - 2 * parts[2], rel=1e-4)
+
+
+def test_an_episode_that_no_function_scores_teaches_nothing(make_trainer, tiny_policy):
+    trainer = make_trainer(reward_funcs=lambda completions, **kw: [None] * len(completions), max_steps=1, beta=0.0)
+    before = weights(trainer, POLICY, VALUE)
+    trainer.train()
+    assert not moved(before, weights(trainer, POLICY, VALUE))
+
+
+# ---- the course of training
+
+
+def test_ppo_raises_its_reward_and_a_larger_beta_stays_closer_to_the_reference(make_trainer, tiny_policy):
+    runs = {}
+    for beta in (0.0, 5.0):
+        trainer = make_trainer(tiny_policy(), beta=beta, max_steps=60, num_iterations=2, max_completion_length=6)
+        trainer.train()
+        runs[beta] = [sum(history(trainer, key)[-5:]) / 5 for key in ("reward", "kl")]
+        start = sum(history(trainer, "reward")[:3]) / 3
+    assert runs[0.0][0] > start + 1
+    assert runs[5.0][1] < runs[0.0][1] / 3
+
+
+def test_the_policy_waits_for_the_critic_but_not_for_ever(make_trainer):
+    trainer = make_trainer(value_warmup_explained_variance=0.99, value_warmup_max_iterations=2, max_steps=4)
+    before = weights(trainer, POLICY, VALUE)
+    trainer.train()
+    changed = moved(before, weights(trainer, POLICY, VALUE))
+    assert changed and all(name.startswith(VALUE) for name in changed)
+    trainer = make_trainer(value_warmup_explained_variance=0.99, value_warmup_max_iterations=2, max_steps=6)
+    trainer.train()
+    assert trainer.critic_ready and history(trainer, "ratio")
+
+
+def test_passes_end_beyond_target_kl(make_trainer):
+    trainer = make_trainer(num_iterations=4, target_kl=1e-7, max_steps=4, learning_rate=0.05)
+    trainer.train()
+    assert len(history(trainer, "ratio")) == 2  # the first pass has KL 0; the second is beyond; the last two are skipped
+
+
+def test_training_stops_over_the_kl_budget_and_says_so(make_trainer, caplog):
+    trainer = make_trainer(kl_budget=1e-6, max_steps=40, learning_rate=0.05)
+    trainer.train()
+    assert trainer.state.global_step < 40
+    assert "over kl_budget=1e-06" in caplog.text and "Raise beta" in trainer.stop_reason
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_plain_message(make_trainer):
+    trainer = make_trainer(learning_rate=1e30)
+    with pytest.raises(UserError, match="policy loss became nan at step 1.*learning_rate"):
+        trainer.train()
+
+
+def test_an_infinite_reward_is_refused_with_the_function_and_the_completion(make_trainer):
+    def divide(completions, **kwargs):
+        return [float("inf")] * len(completions)
+
+    with pytest.raises(UserError, match="reward `divide` is inf for the completion"):
+        make_trainer(reward_funcs=divide).train()
+
+
+def test_the_sft_loss_keeps_the_policy_at_the_demonstrations(make_trainer, tiny_policy):
+    demonstrations = Dataset.from_list([{"prompt": "w5 w6", "completion": "w7 w8 w9"}] * 4)
+    losses = {}
+    for coef in (0.0, 1.0):
+        trainer = make_trainer(
+            tiny_policy(), max_steps=20, ptx_coef=coef, ptx_dataset=demonstrations if coef else None
+        )
+        trainer.train()
+        losses[coef] = trainer._rolled_out([[8, 9]], [[10, 11, 12, 1]]).logps.sum().item()
+    assert losses[1.0] > losses[0.0] + 2
+
+
+def test_held_out_prompts_are_scored_with_the_same_noise_and_the_best_checkpoint_is_kept(make_trainer, prompts):
+    trainer = make_trainer(
+        eval_dataset=prompts.select(range(16)), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="objective", greater_is_better=True, max_steps=6,
+    )  # fmt: skip
+    first, again = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_reward"] == again["eval_reward"]
+    trainer.train()
+    objectives = history(trainer, "eval_objective")
+    assert trainer.state.best_metric == max(objectives)
+    assert Path(trainer.state.best_model_checkpoint).name == f"checkpoint-{2 * (objectives.index(max(objectives)) + 1)}"
+
+
+# ---- checkpoints
+
+
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(make_trainer, tiny_policy, reward_adapter, tmp_path):
+    settings = {
+        "reward_adapter": reward_adapter, "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "kl_target": 0.1,
+        "value_warmup_explained_variance": 0.5, "value_warmup_max_iterations": 1, "lr_scheduler_type": "linear",
+        "ptx_coef": 0.1, "ptx_dataset": Dataset.from_list([{"prompt": "w5", "completion": "w7"}] * 9),
+    }  # fmt: skip
+    unbroken = make_trainer(tiny_policy(), output_dir=str(tmp_path / "a"), **settings)
+    unbroken.train()
+    resumed = make_trainer(tiny_policy(), output_dir=str(tmp_path / "b"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))  # save_steps, rounded up to an iteration
+    assert not moved(weights(unbroken, POLICY, VALUE), weights(resumed, POLICY, VALUE))
+    assert history(resumed, "reward") == history(unbroken, "reward")
+    assert unbroken.kl.coef == resumed.kl.coef
+
+
+def test_a_checkpoint_holds_policy_critic_and_state_and_no_frozen_role(make_trainer, reward_adapter, tmp_path):
+    make_trainer(reward_adapter=reward_adapter, save_strategy="steps", save_steps=2, max_steps=2).train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert sorted(p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "ppo_state.json", "rng_state.pth",
+        "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "training_args.bin",
+        "value/adapter_config.json", "value/adapter_model.safetensors", "value/head.json",
+    ]  # fmt: skip
+
+
+def test_checkpoints_and_evaluations_are_moved_to_iteration_boundaries_and_told(make_trainer, caplog):
+    trainer = make_trainer(save_strategy="steps", save_steps=5, num_iterations=2)
+    assert trainer.args.save_steps == 6
+    assert "save_steps=5 rounded up to 6" in caplog.text
+
+
+def test_a_saved_critic_can_start_the_next_run(make_trainer, tiny_policy, tmp_path):
+    first = make_trainer(max_steps=2)
+    first.train()
+    first.save_model(str(tmp_path / "first"))
+    second = make_trainer(tiny_policy(), value_init=str(tmp_path / "first" / "value"))
+    assert not moved(weights(first, VALUE), weights(second, VALUE))
+
+
+def test_all_trained_weights_are_equal_on_two_processes(tmp_path):
+    """The critic's passes do not go through the wrapped model, so its gradients have to be reduced by hand."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys, torch
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import conftest
+        from datasets import Dataset
+        from peft import LoraConfig, get_peft_model
+        from rlhf_recipes import PPOConfig, PPOTrainer
+        tokenizer = conftest.tokenizer.__wrapped__()
+        base = conftest.tiny_llama.__wrapped__()()
+        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+        trainer = PPOTrainer(
+            model=model,
+            reward_funcs=lambda completions, **kw: [float(c.split().count("w3")) for c in completions],
+            args=PPOConfig({str(tmp_path)!r}, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4,
+                max_completion_length=6, learning_rate=1e-2, value_learning_rate=1e-2, value_warmup_max_iterations=0, bf16=False,
+                use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, ddp_backend="gloo"),
+            train_dataset=Dataset.from_dict({{"prompt": [f"w{{i}} w{{j}}" for i in range(8) for j in range(8)]}}),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        held = {{f"{{a}}/{{n}}": p for a in ("default", "value") for n, p in trainer.roles.parameters(a).items()}}
+        held["head"] = trainer.roles.heads["value"].weight
+        torch.save({{n: p.detach() for n, p in held.items()}}, {str(tmp_path)!r} + f"/rank{{os.environ['RANK']}}.pt")
+        """)
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env=os.environ | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": port, "PYTHONPATH": str(Path(__file__).parents[1])},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=180)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors[0][-2000:]
+    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
+    assert not moved(*ranks)
+
+
+# ---- used alone, as TRL's trainers are
+
+
+def test_a_model_folder_with_a_peft_config_is_enough(tmp_path, tiny_llama, tokenizer, prompts):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trainer = PPOTrainer(
+        model=str(tmp_path / "base"),
+        reward_funcs=count_w3,
+        args=PPOConfig(
+            str(tmp_path / "out"), max_steps=2, max_completion_length=4, bf16=False, use_cpu=True, report_to="none",
+            value_warmup_max_iterations=0, learning_rate=1e-2, disable_tqdm=True,
+        ),
+        train_dataset=prompts,
+        peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    before = weights(trainer, POLICY)
+    trainer.train()
+    assert moved(before, weights(trainer, POLICY))
+
+
+def test_conversational_prompts_are_rendered_by_the_chat_template(make_trainer, tokenizer, prompts):
+    seen = []
+
+    def reward(prompts, completions, **kwargs):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [1.0] * len(prompts)
+
+    trainer = make_trainer(reward_funcs=reward, max_steps=1)
+    trainer.train_dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in prompts["prompt"]])
+    tokenizer.chat_template = "{% for m in messages %}w1 {{ m.content }} {% endfor %}"
+    try:
+        trainer.train()
+    finally:
+        tokenizer.chat_template = None
+    assert seen[0][0][0]["role"] == "user" and seen[0][1][0]["role"] == "assistant"
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"scale_rewards": "batch"}, "scale_rewards='batch' has no meaning in PPO"),
+        ({"loss_type": "grpo"}, "loss_type"),
+        ({"mask_truncated_completions": True}, "use missing_eos_penalty"),
+        ({"kl_estimator": "k2"}, "must be `k1` or `k3`"),
+        ({"gamma": 1.5, "lam": -1.0}, "gamma=1.5 must be between 0 and 1; lam=-1.0"),
+        ({"kl_target": 1.0, "beta": 0.0}, "kl_target needs a beta above 0"),
+        ({"num_generations": 3}, "does not divide the rollout batch"),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "no multiple of gradient_accumulation_steps=4"),
+        ({"per_device_train_batch_size": 1}, "rollout batch of one episode"),
+    ],
+)
+def test_config_refuses_what_cannot_work_and_says_what_to_do(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        PPOConfig("out", bf16=False, use_cpu=True, **kwargs)
+
+
+def test_a_model_without_an_adapter_is_refused(tiny_llama, tokenizer, prompts):
+    with pytest.raises(UserError, match="pass a PeftModel, or a `peft_config`"):
+        PPOTrainer(tiny_llama(), count_w3, PPOConfig("out", bf16=False), train_dataset=prompts, processing_class=tokenizer)
+
+
+def test_an_adapter_without_a_head_is_no_reward_model(make_trainer, tiny_policy, tmp_path):
+    tiny_policy().save_pretrained(tmp_path / "sft")
+    with pytest.raises(UserError, match="no scalar head: it is no reward model"):
+        make_trainer(reward_adapter=tmp_path / "sft")
+
+
+def test_ptx_needs_data_and_data_needs_ptx(make_trainer):
+    with pytest.raises(UserError, match="give both or neither"):
+        make_trainer(ptx_coef=0.5)
+
