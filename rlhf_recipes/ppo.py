@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
-from trl.trainer.utils import disable_dropout_in_model, pad, selective_log_softmax_and_entropy
+from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.advantages import (
     KLController,
@@ -37,7 +37,7 @@ from rlhf_recipes.advantages import (
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.formats import render
 from rlhf_recipes.ppo_config import PPOConfig
-from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Roles, last_real_token
+from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,9 @@ STATE_FILE = "ppo_state.json"
 
 
 @dataclass
-class Rollout:
-    """A rollout batch of `b` episodes, prompts padded on the left to `p` tokens, completions on the right to `t`."""
+class Rollout(Episodes):
+    """The episodes of a rollout batch, as policy and reference see them."""
 
-    input_ids: Tensor  # (b, p + t)
-    attention_mask: Tensor  # (b, p + t)
-    mask: Tensor  # (b, t), bool: the completion's tokens, EOS included
     trunk: Tensor | None = None  # (b, p + t, hidden): output of the shared lower layers
     logps: Tensor = field(default_factory=Tensor)  # (b, t): log-probabilities under the policy that generated them
     ref_logps: Tensor = field(default_factory=Tensor)  # (b, t): the same under the reference
@@ -212,31 +209,20 @@ class PPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _rolled_out(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> Rollout:
         """Pad as TRL does, compute the trunk once, and score the sampled tokens under policy and reference."""
-        prompts, prompt_mask = self._padded(prompt_ids, "left")
-        completions, completion_mask = self._padded(completion_ids, "right")
-        rollout = Rollout(
-            input_ids=torch.cat([prompts, completions], dim=1),
-            attention_mask=torch.cat([prompt_mask, completion_mask], dim=1),
-            mask=completion_mask.bool(),
-        )
+        pad_id, multiple = self._tokenizer.pad_token_id, self.pad_to_multiple_of
+        rollout = Rollout.padded(prompt_ids, completion_ids, pad_id, self.accelerator.device, multiple)
         with self._timed("score"), self.accelerator.autocast():
             self._check_trunk(rollout)
             if self.roles.trunk_layers:
                 rollout.trunk = self._in_chunks(rollout, self.roles.trunk_states)
-            score = functools.partial(self._token_logps, self.model, completion_length=rollout.mask.size(1))
-            rollout.logps = self._in_chunks(rollout, lambda *batch: score(*batch)[0])
-            with self.roles.active(REFERENCE):
-                rollout.ref_logps = self._in_chunks(rollout, lambda *batch: score(*batch)[0])
-        return rollout
 
-    def _padded(self, rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
-        """Ids and mask (b, s) of rows of token ids."""
-        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
-        pad_id, multiple, device = self._tokenizer.pad_token_id, self.pad_to_multiple_of, self.accelerator.device
-        return (
-            pad(ids, pad_id, padding_side=side, pad_to_multiple_of=multiple).to(device),
-            pad([torch.ones_like(row) for row in ids], 0, padding_side=side, pad_to_multiple_of=multiple).to(device),
-        )
+            def logps(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+                return self._token_logps(self.model, input_ids, attention_mask, rollout.completion_length)[0]
+
+            rollout.logps = self._in_chunks(rollout, logps)
+            with self.roles.active(REFERENCE):
+                rollout.ref_logps = self._in_chunks(rollout, logps)
+        return rollout
 
     def _check_trunk(self, rollout: Rollout) -> None:
         """Once, compare the model's output with and without the trunk, and go without where they differ."""
@@ -275,15 +261,14 @@ class PPOTrainer(GRPOTrainer):
             )
             return logps, entropies
         with self.accelerator.autocast():
-            logits = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                logits_to_keep=completion_length + 1,
-                use_cache=False,
-            ).logits[:, :-1]
-        return selective_log_softmax_and_entropy(
-            logits, input_ids[:, -completion_length:], self._entropy_bonus_enabled, temperature=self.temperature
-        )
+            return self.roles.token_logps(
+                input_ids,
+                attention_mask,
+                completion_length,
+                model=model,
+                temperature=self.temperature,
+                entropy_grad=self._entropy_bonus_enabled,
+            )
 
     def _get_per_token_logps_and_entropies(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
@@ -296,15 +281,9 @@ class PPOTrainer(GRPOTrainer):
 
     def reward_model(self, **kwargs: Any) -> list[float]:
         """Scores of the current episodes by the reward adapter: a reward function as TRL knows them."""
-        rollout = self._rollout
-
-        def score(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            hidden = self.roles.hidden_states(input_ids, attention_mask)
-            rows = torch.arange(len(hidden), device=hidden.device)
-            return self.roles.scalars(REWARD, hidden[rows, last_real_token(input_ids, self._tokenizer.pad_token_id)])
-
+        score = functools.partial(self.roles.scores, pad_token_id=self._tokenizer.pad_token_id)
         with torch.no_grad(), self.accelerator.autocast(), self.roles.active(REWARD):
-            return self._in_chunks(rollout, score).tolist()
+            return self._in_chunks(self._rollout, score).tolist()
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[Any], completion_ids: Any) -> Tensor:
         with self._timed("reward"):
@@ -344,7 +323,7 @@ class PPOTrainer(GRPOTrainer):
             return batch
 
         with torch.no_grad(), self._timed("score"), self.roles.active(VALUE):
-            values = functools.partial(self._values, completion_length=rollout.mask.size(1))
+            values = functools.partial(self._values, completion_length=rollout.completion_length)
             values = self._in_chunks(rollout, values) * rollout.mask
         penalty = kl_estimate(rollout.logps, rollout.ref_logps, self.args.kl_estimator)
         rewards = token_rewards(scores.nan_to_num(nan=0.0), penalty, rollout.mask, self.kl.coef)
@@ -380,7 +359,7 @@ class PPOTrainer(GRPOTrainer):
     def _shaped_scores(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Scores (b,) after clipping and the penalty for a missing EOS, and which episodes (b,) ended in EOS."""
         rows = torch.arange(len(rollout.mask), device=rollout.mask.device)
-        last = rollout.input_ids[:, -rollout.mask.size(1) :][rows, last_token(rollout.mask)]
+        last = rollout.input_ids[:, -rollout.completion_length :][rows, last_token(rollout.mask)]
         ended = torch.isin(last, torch.tensor(self.eos_token_ids, device=last.device))
         scores = self._scores.clone()
         if self.args.reward_clip is not None:
@@ -465,15 +444,15 @@ class PPOTrainer(GRPOTrainer):
         draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + micro_step)
         rows = torch.randint(len(self.ptx_dataset), (self.accelerator.num_processes, size), generator=draw)
         pairs = [render(self.ptx_dataset[i], self._tokenizer) for i in rows[self.accelerator.process_index].tolist()]
-        prompts, prompt_mask = self._padded([p for p, _ in pairs], "left")
-        completions, completion_mask = self._padded([c for _, c in pairs], "right")
-        input_ids, attention_mask = torch.cat([prompts, completions], 1), torch.cat([prompt_mask, completion_mask], 1)
+        prompts, completions = zip(*pairs, strict=True)
+        batch = Episodes.padded(prompts, completions, self._tokenizer.pad_token_id, self.accelerator.device)
+        ids, mask = batch.input_ids, batch.attention_mask
         with self._timed("ptx"):
             with self.accelerator.autocast():
-                states = self.roles.trunk_states(input_ids, attention_mask)
+                states = self.roles.trunk_states(ids, mask)
             with self.roles.trunk_given(states):
-                logps, _ = self._token_logps(model, input_ids, attention_mask, completions.size(1))
-        loss = -(logps * completion_mask).sum() / completion_mask.sum()
+                logps, _ = self._token_logps(model, ids, mask, batch.completion_length)
+        loss = -logps[batch.mask].mean()
         self._metrics["train"]["ptx_loss"].append(self._mean(loss.detach()))
         return self.args.ptx_coef * loss / self.current_gradient_accumulation_steps
 

@@ -16,15 +16,17 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from trl.trainer.utils import pad, selective_log_softmax_and_entropy
 
 from rlhf_recipes.errors import UserError
 
@@ -251,7 +253,7 @@ class Roles:
             hook.remove()
         return kept[0]
 
-    # ---- what the scalar roles compute
+    # ---- what the roles compute
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states (b, s, hidden) under the active adapter; the LM head is not run."""
@@ -261,6 +263,72 @@ class Roles:
         """The adapter's head on hidden states (..., hidden), in float32 whatever autocast says: (...)."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.heads[adapter](hidden.float()).squeeze(-1)
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) -> Tensor:
+        """Rewards (b,) of prompts with their completions; the `reward` adapter has to be active."""
+        hidden = self.hidden_states(input_ids, attention_mask)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self.scalars(REWARD, hidden[rows, last_real_token(input_ids, pad_token_id)])
+
+    def token_logps(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_length: int,
+        *,
+        model: nn.Module | None = None,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (b, t) of the last `completion_length` tokens, under the active adapter.
+
+        Only their logits are computed: memory does not grow with prompt length times vocabulary.
+
+        Args:
+            model: this model as a trainer wrapped it, so that gradients are reduced over processes.
+        """
+        logits = (model or self.model)(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_to_keep=completion_length + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+        tokens = input_ids[:, -completion_length:]
+        return selective_log_softmax_and_entropy(logits, tokens, entropy_grad, temperature=temperature)
+
+
+@dataclass
+class Episodes:
+    """`b` prompts, padded on the left to `p` tokens, with their completions, padded on the right to `t`."""
+
+    input_ids: Tensor  # (b, p + t)
+    attention_mask: Tensor  # (b, p + t)
+    mask: Tensor  # (b, t), bool: the completion's tokens, EOS included
+
+    @classmethod
+    def padded(
+        cls,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        pad_token_id: int,
+        device: torch.device,
+        pad_to_multiple_of: int | None = None,
+    ) -> Self:
+        """From rows of token ids, padded as TRL pads them."""
+
+        def tensors(rows: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+            ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+            ones = [torch.ones_like(row) for row in ids]
+            options = {"padding_side": side, "pad_to_multiple_of": pad_to_multiple_of}
+            return pad(ids, pad_token_id, **options).to(device), pad(ones, 0, **options).to(device)
+
+        (prompts, prompt_mask), (completions, mask) = tensors(prompt_ids, "left"), tensors(completion_ids, "right")
+        return cls(torch.cat([prompts, completions], 1), torch.cat([prompt_mask, mask], 1), mask.bool())
+
+    @property
+    def completion_length(self) -> int:
+        """`t`, the width of the completions."""
+        return self.mask.size(1)
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

@@ -1,0 +1,49 @@
+# `make help` lists the targets. Each recipe is one line: python -m recipes.<target> with its arguments.
+#   make sft rm ppo ARGS="run=mine model=qwen2.5-0.5b"         ARGS goes to every recipe of the line
+#   make sft rm RM_ARGS="training.learning_rate=1e-4"          SFT_ARGS, RM_ARGS, DPO_ARGS, PPO_ARGS to one
+
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+
+.DEFAULT_GOAL := help
+.PHONY: help sft rm dpo ppo test lint setup clean
+.NOTPARALLEL:# the stages of one line run in its order, also with -j
+.SHELLFLAGS := -f -c# no globbing: data.sft.path=my/*.jsonl reaches the recipe as it is
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+sft: .venv/.ready  ## fine-tune the base on demonstrations
+	@$(RUN) recipes.sft $(ARGS) $(SFT_ARGS)
+
+rm: .venv/.ready  ## train a reward model on preferences, from the SFT adapter
+	@$(RUN) recipes.rm $(ARGS) $(RM_ARGS)
+
+dpo: .venv/.ready  ## improve the SFT model on preferences, with no reward model
+	@$(RUN) recipes.dpo $(ARGS) $(DPO_ARGS)
+
+ppo: .venv/.ready  ## improve the SFT model against the reward model, under a KL penalty
+	@$(RUN) recipes.ppo $(ARGS) $(PPO_ARGS)
+
+test: .venv/.ready  ## run the tests (TEST_ARGS="-k runs" picks some)
+	@$(RUN) pytest $(TEST_ARGS)
+
+lint: .venv/.ready  ## check style and types
+	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy
+
+setup: .venv/.ready  ## set up .venv from the tested versions (every target does it when needed)
+
+clean:  ## remove .venv and caches; runs/ stays
+	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last: a set-up that was broken off leaves none, and is made again from the start.
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "RLHF Recipes needs Python 3.11 or newer, and $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Install one, or name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv
+	@rm -f $@
+	@echo "Setting up .venv with the tested versions (once, some minutes) ..."
+	@$(RUN) pip install $(if $(MAKE_TERMOUT),,--quiet) --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@

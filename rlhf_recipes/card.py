@@ -1,0 +1,55 @@
+"""The model card that lies beside every adapter: what it is, how to make it again, how good, from what."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def model_card(chain: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
+    """Markdown for the last of a chain of manifests, the stages it came from before it.
+
+    Args:
+        chain: manifests, first stage first.
+        metrics: figures of the last stage, numbers or groups of numbers.
+    """
+    last = chain[-1]
+    stage = last["stage"]
+    base = last["config"].get("model", {}).get("name_or_path", "unknown")
+    memory = ", ".join(f"{kind} {mb} MB" for kind, mb in last["peak_memory"].items())
+    lineage = {"base": last.get("base") or "unknown"} | {m["stage"]: m["fingerprint"] for m in chain}
+    sections = [
+        f"---\nlibrary_name: peft\ntags: [rlhf-recipes, trl, lora, {stage}]\n---",
+        f"# {last['run']}/{stage}",
+        f"A LoRA adapter on the base `{base}`, made by the stage `{stage}` of RLHF Recipes with seed {last['seed']} on "
+        f"{last['device']} in {last['seconds']:.0f} s (peak memory: {memory}).",
+        "## Make it again",
+        "\n".join(f"    {command(m)}" for m in chain),
+        "`config.yaml` holds the composed configuration.",
+        "## Figures",
+        _table(("figure", "value"), _numbers(metrics)),
+        "## Where it comes from",
+        _table(("stage", "fingerprint"), lineage),
+        "## Versions",
+        _table(("package", "version"), {"python": last["python"]} | last["versions"]),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def command(manifest: Mapping[str, Any]) -> str:
+    """The command that made a stage."""
+    kept = [shlex.quote(o) for o in manifest["overrides"] if not o.lstrip("+").startswith(("overwrite=", "runs_dir="))]
+    return " ".join(["python -m", f"recipes.{manifest['stage']}", *kept])
+
+
+def _numbers(node: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(node, Mapping):
+        return {k: v for key, value in node.items() for k, v in _numbers(value, f"{prefix}{key}.").items()}
+    if isinstance(node, bool) or not isinstance(node, int | float):
+        return {}
+    return {prefix.rstrip("."): f"{node:.4g}" if isinstance(node, float) else node}
+
+
+def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> str:
+    return "\n".join([f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())])

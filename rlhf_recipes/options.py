@@ -1,0 +1,261 @@
+"""Every option of every recipe: which config class stands behind which key, and how a person is told about it."""
+
+import difflib
+import functools
+import shutil
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from rlhf_recipes import schema
+
+TRAINING = {
+    "sft": "trl.SFTConfig",
+    "rm": "trl.RewardConfig",
+    "dpo": "trl.DPOConfig",
+    "ppo": "rlhf_recipes.ppo_config.PPOConfig",
+}
+
+READS = {"sft": "sft", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}  # which part of `data`
+GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "experiment")
+
+
+@dataclass
+class Common:
+    """The keys at the top of every recipe's config. Their values stand in conf/common.yaml."""
+
+    run: str = field(metadata={"help": "Name of the run, whose stages are written to runs/<run>/<stage>/."})
+    runs_dir: str = field(metadata={"help": "Folder of all runs."})
+    overwrite: bool = field(metadata={"help": "Make a finished stage again."})
+    seed: int = field(metadata={"help": "Seed of the data, the training and the sampling."})
+    start: Literal["sft", "model"] = field(
+        metadata={"help": "Where rm, dpo and ppo begin: at the run's SFT adapter, or at the model itself."}
+    )
+    trunk: float = field(
+        metadata={
+            "help": "Share of the decoder layers, from the bottom, that only SFT trains; rm, dpo and ppo compute them "
+            "once. Higher: faster and smaller; 0 trains all layers everywhere."
+        }
+    )
+
+
+@dataclass
+class Model:
+    """The base model and its tokenizer."""
+
+    name_or_path: str = field(metadata={"help": "Hub id or folder of a causal language model, or `embedded`."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Type of the base's weights. `auto` takes the best that the device can do."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention, as transformers names it, such as `sdpa` or `flash_attention_2`."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that comes with the model."})
+    chat_template: str | None = field(
+        default=None,
+        metadata={"help": "Chat template to use instead of the tokenizer's own: a Jinja file, or its text."},
+    )
+    pad_token: str | None = field(default=None, metadata={"help": "Padding token, where the tokenizer has none."})
+    eos_token: str | None = field(
+        default=None, metadata={"help": "Token that ends an answer, where it is not the own."}
+    )
+
+
+@dataclass
+class Data:
+    """What each stage reads. A source is {path, name, split, revision, columns, mapping, weight, max_rows}."""
+
+    sft: Any = field(
+        default=None, metadata={"help": "Source, or list of weighted sources, of the demonstrations for sft."}
+    )
+    preferences: Any = field(
+        default=None, metadata={"help": "Source or sources of the preferences or rankings for rm and dpo."}
+    )
+    prompts: Any = field(default=None, metadata={"help": "Source or sources of the prompts for ppo."})
+    heldout: float = field(
+        default=0.1, metadata={"help": "Prompts held out of every training: their share, or their number."}
+    )
+
+
+@dataclass
+class Reward:
+    """Where PPO's reward comes from. Several sources are added up."""
+
+    model: str | None = field(default=None, metadata={"help": "Reward model: `run` (the run's), a folder or a hub id."})
+    functions: list[Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Python functions of TRL's signature, {path: `module:function` or `file.py:function`, weight}."
+        },
+    )
+    url: str | None = field(default=None, metadata={"help": "HTTP endpoint that scores completions."})
+    weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the model, functions and endpoint."}
+    )
+
+
+# Options that a recipe sets itself, and what to use instead.
+DECIDED = {
+    "training.hub_token": "it would be written into the run's folder; set the environment variable HF_TOKEN instead",
+    "training.output_dir": "the run decides it: use run=<name> or runs_dir=<folder>",
+    "training.resume_from_checkpoint": "a stage that was broken off resumes by itself; overwrite=true starts it afresh",
+    "training.model_init_kwargs": "use the keys of model and quantization",
+    "training.trust_remote_code": "use model.trust_remote_code",
+    "training.chat_template_path": "use model.chat_template",
+    "training.eos_token": "use model.eos_token",
+    "training.pad_token": "use model.pad_token",
+    "training.trunk": "use trunk",
+    "lora.task_type": "each recipe sets it by what it trains",
+    "lora.peft_type": "it is LORA",
+    "lora.inference_mode": "each recipe sets it",
+    "lora.base_model_name_or_path": "use model.name_or_path",
+    "lora.revision": "use model.revision",
+}
+
+# What --help shows besides the options that the recipe's own config sets.
+MOST_USED = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "bf16",
+    "max_length",
+    "beta",
+    "report_to",
+)
+
+
+def sections(recipe: str) -> dict[str, Mapping[str, schema.Option]]:
+    """The options of a recipe by section; the section of the keys at the top is called ''."""
+    paths = {
+        "": f"{__name__}.Common",
+        "model": f"{__name__}.Model",
+        "data": f"{__name__}.Data",
+        "reward": f"{__name__}.Reward",
+        "quantization": "transformers.BitsAndBytesConfig",
+        "lora": "peft.LoraConfig",
+        "training": TRAINING[recipe],
+    }
+    if recipe != "ppo":
+        del paths["reward"]
+    return {section: schema.options(path) for section, path in paths.items()}
+
+
+@functools.cache
+def options(recipe: str) -> Mapping[str, schema.Option]:
+    """The options of a recipe by full key, such as `training.learning_rate`."""
+    return {
+        f"{section}.{name}" if section else name: option
+        for section, fields in sections(recipe).items()
+        for name, option in fields.items()
+    }
+
+
+def ours(section: str) -> bool:
+    """Whether a section is the project's own, so that its defaults are stated here and not by a library."""
+    return section in ("", "model", "data", "reward")
+
+
+def required(recipe: str) -> list[str]:
+    """The options that need a value: the project's own without a default."""
+    return [key for key, option in options(recipe).items() if ours(_section(key)) and option.value == MISSING]
+
+
+def _section(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def unknown(recipe: str, key: str) -> str:
+    """Why a key is refused, with the nearest valid one."""
+    elsewhere = [other for other in TRAINING if key in options(other) or key in sections(other)]
+    if elsewhere:
+        targets = ", ".join(f"{other.upper()}_ARGS" for other in elsewhere)
+        return f"an option of {' and '.join(elsewhere)}, not of {recipe}: give it in {targets}, not in ARGS"
+    known = [*options(recipe), *GROUPS]
+    leaf = key.rpartition(".")[2]
+    same = [other for other in known if other.rpartition(".")[2] == leaf]
+    near = same or difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    leaves = {other.rpartition(".")[2]: other for other in known}
+    near = near or [leaves[other] for other in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
+    return f"no such option; did you mean {' or '.join(near)}?" if near else "no such option"
+
+
+def conflicts(values: Mapping[str, Any]) -> list[str]:
+    """Combinations that cannot work, found before anything is loaded. `values` are those that were set, by full key."""
+    four_bits, eight_bits = (values.get(f"quantization.load_in_{bits}bit", False) for bits in (4, 8))
+    found = []
+    if four_bits and eight_bits:
+        found.append("quantization: load_in_4bit and load_in_8bit exclude each other; quantization=nf4 or int8")
+    for key in values:
+        if key.startswith("quantization.bnb_4bit_") and not four_bits:
+            found.append(f"{key}: only with 4 bits; add quantization=nf4")
+        if key in ("quantization.llm_int8_threshold", "quantization.llm_int8_has_fp16_weight") and not eight_bits:
+            found.append(f"{key}: only with 8 bits; add quantization=int8")
+    if values.get("training.fp16") and values.get("training.bf16"):
+        found.append("training.fp16 and training.bf16 exclude each other")
+    if values.get("training.use_vllm") and (four_bits or eight_bits):
+        found.append("training.use_vllm: vLLM cannot take the packed weights of a quantised base; quantization=none")
+    if not 0 <= values.get("trunk", 0) < 1:
+        found.append(f"trunk={values['trunk']}: at least 0 and below 1")
+    if "reward.model" in values and not any(values.get(f"reward.{source}") for source in ("model", "functions", "url")):
+        found.append("reward: it comes from nowhere; set reward.model, reward.functions or reward.url")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- telling a person
+
+
+def _shown(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    text = str(value).replace("'", "") if isinstance(value, list | dict) else str(value)
+    return {"None": "null", "True": "true", "False": "false"}.get(text, text)
+
+
+def overview(recipe: str, story: str, values: Mapping[str, Any], groups: Mapping[str, list[str]]) -> str:
+    """The text of --help: what the recipe does, its groups, and the options that matter first with their values."""
+    width = max(80, min(shutil.get_terminal_size().columns, 120))
+    lines = [
+        story.strip(),
+        "",
+        f'  make {recipe} ARGS="key=value ..."      python -m recipes.{recipe} key=value ...',
+        "",
+    ]
+    lines.append("Choices, one of each (group=choice):")
+    for group, choices in groups.items():
+        lines += textwrap.wrap(", ".join(choices), width, initial_indent=f"  {group:13} ", subsequent_indent=" " * 16)
+    lines += ["", "Options (key=value), with their values here:"]
+    first = [f"training.{name}" for name in MOST_USED]
+    for key, option in options(recipe).items():
+        if ours(_section(key)) or key in values or key in first:
+            default = option.default if option.value == MISSING else option.value
+            lines.append(f"  {key} = {_shown(values.get(key, default))}")
+            sentence = option.help.partition(". ")[0].rstrip(".") + "."
+            lines += textwrap.wrap(sentence, width, initial_indent="      ", subsequent_indent="      ")
+    count = len(options(recipe))
+    lines += [
+        "",
+        f"All {count} options:  python -m recipes.{recipe} --options [word]",
+        "Also:  --cfg job prints the config;  -m key=a,b runs a sweep;  --info and --hydra-help are Hydra's.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def reference(recipe: str, word: str) -> str:
+    """The text of --options: every option whose name or help holds `word`, with type, default, values and help."""
+    width = max(80, min(shutil.get_terminal_size().columns, 120))
+    lines = []
+    for key, option in options(recipe).items():
+        if word.lower() in f"{key} {option.help}".lower():
+            default = f" = {_shown(option.default)}" if option.default else ""
+            lines.append(f"{key}: {option.annotation}{default}")
+            notes = [f"Not to be set: {DECIDED[key]}."] if key in DECIDED else []
+            notes += [f"One of: {', '.join(option.choices)}."] if option.choices else []
+            for text in (option.help, *notes):
+                lines += textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines or [f"No option of {recipe} has {word!r} in its name or help."]) + "\n"

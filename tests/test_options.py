@@ -1,0 +1,82 @@
+"""The options of the recipes, and what a person is told about them."""
+
+import pytest
+
+from rlhf_recipes.config import compose
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.options import TRAINING, conflicts, options, overview, reference, required, unknown
+
+
+def test_every_recipe_has_the_options_of_its_trainer_of_lora_and_of_bitsandbytes() -> None:
+    for recipe, (training, own) in {
+        "sft": ("packing", "neftune_noise_alpha"),
+        "rm": ("center_rewards_coefficient", "learning_rate"),
+        "dpo": ("precompute_ref_log_probs", "beta"),
+        "ppo": ("value_learning_rate", "epsilon"),
+    }.items():
+        expected = {f"training.{training}", f"training.{own}", "training.deepspeed", "lora.use_dora", "run", "trunk"}
+        assert expected | {"quantization.bnb_4bit_quant_storage", "model.dtype", "data.heldout"} <= {*options(recipe)}
+    assert [recipe for recipe in TRAINING if "reward.model" in options(recipe)] == ["ppo"]
+
+
+def test_the_projects_own_options_without_a_default_need_a_value() -> None:
+    own = ["run", "runs_dir", "overwrite", "seed", "start", "trunk", "model.name_or_path"]
+    assert required("ppo") == own
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("training.learnin_rate", "training.learning_rate"),
+        ("learning_rate", "training.learning_rate"),
+        ("lora.rank", "lora.r"),
+        ("quantization.bnb_4bit_quant_typ", "quantization.bnb_4bit_quant_type"),
+        ("modle", "model"),
+        ("hardwre", "hardware"),
+        ("model.revison", "model.revision"),
+        ("bets", None),
+        ("qqqqqqqq", None),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_one_or_none(key: str, nearest: str | None) -> None:
+    expected = f"no such option; did you mean {nearest}?" if nearest else "no such option"
+    assert unknown("sft", key) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault"),
+    [
+        (["quantization=int8", "quantization.load_in_4bit=true"], "load_in_4bit and load_in_8bit exclude each other"),
+        (["quantization=int8", "quantization.bnb_4bit_use_double_quant=true"], "only with 4 bits"),
+        (["quantization.bnb_4bit_quant_type=nf4"], "only with 4 bits; add quantization=nf4"),
+        (["quantization=nf4", "quantization.llm_int8_threshold=5"], "only with 8 bits"),
+        (["training.fp16=true", "training.bf16=true"], "exclude each other"),
+        (["training.use_vllm=true", "quantization=nf4"], "vLLM cannot take the packed weights"),
+        (["trunk=1"], "at least 0 and below 1"),
+        (["reward=function"], "set reward.model, reward.functions or reward.url"),
+    ],
+)
+def test_impossible_combinations_are_refused(overrides: list[str], fault: str) -> None:
+    with pytest.raises(UserError, match=fault):
+        compose("ppo", overrides)
+
+
+def test_what_fits_together_is_no_conflict() -> None:
+    assert conflicts({}) == []
+    assert conflicts({"quantization.load_in_4bit": True, "quantization.bnb_4bit_quant_type": "nf4", "trunk": 0.5}) == []
+    assert conflicts({"reward.model": None, "reward.url": "http://localhost"}) == []
+
+
+def test_the_overview_shows_null_and_true_as_they_are_typed() -> None:
+    text = overview("sft", "Story.", {"training.packing": True, "run": "mine"}, {"lora": ["default"]})
+    assert text.startswith("Story.\n")
+    assert "\n  training.packing = true\n" in text
+    assert "\n  model.revision = null\n" in text
+    assert "\n  lora          default\n" in text
+
+
+def test_the_reference_shows_type_default_help_and_allowed_values() -> None:
+    text = reference("sft", "packing_strategy")
+    assert text.startswith("training.packing_strategy: str = 'bfd'\n    ")
+    assert "One of: bfd, bfd_split, wrapped." in text
+    assert reference("sft", "no such word") == "No option of sft has 'no such word' in its name or help.\n"
