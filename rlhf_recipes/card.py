@@ -6,13 +6,15 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_recipes.figures import number
+
 
 def model_card(chain: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -> str:
     """Markdown for the last of a chain of manifests, the stages it came from before it.
 
     Args:
         chain: manifests, first stage first.
-        metrics: figures of the last stage, numbers or groups of numbers.
+        metrics: figures of the last stage, or groups of figures.
     """
     last = chain[-1]
     stage = last["stage"]
@@ -28,7 +30,7 @@ def model_card(chain: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -
         "\n".join(f"    {command(m)}" for m in chain),
         "`config.yaml` holds the composed configuration.",
         "## Figures",
-        _table(("figure", "value"), _numbers(metrics)),
+        _table(("figure", "value"), _figures(metrics)),
         "## Where it comes from",
         _table(("stage", "fingerprint"), lineage),
         "## Versions",
@@ -39,16 +41,14 @@ def model_card(chain: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -
 
 def command(manifest: Mapping[str, Any]) -> str:
     """The command that made a stage."""
-    kept = [shlex.quote(o) for o in manifest["overrides"] if not o.lstrip("+").startswith(("overwrite=", "runs_dir="))]
+    kept = [shlex.quote(o) for o in manifest["overrides"] if not o.startswith(("overwrite=", "runs_dir="))]
     return " ".join(["python -m", f"recipes.{manifest['stage']}", *kept])
 
 
-def _numbers(node: Any, prefix: str = "") -> dict[str, Any]:
+def _figures(node: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(node, Mapping):
-        return {k: v for key, value in node.items() for k, v in _numbers(value, f"{prefix}{key}.").items()}
-    if isinstance(node, bool) or not isinstance(node, int | float):
-        return {}
-    return {prefix.rstrip("."): f"{node:.4g}" if isinstance(node, float) else node}
+        return {k: v for key, value in node.items() for k, v in _figures(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): number(node)}
 
 
 def _table(header: tuple[str, str], rows: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_recipes import data, options, schema
+from rlhf_recipes import data, options, schema, terminal
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.formats import STAGES
 
@@ -106,6 +106,7 @@ def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -
         return
 
     def job(composed: DictConfig) -> None:
+        terminal.quiet()
         with _plain_errors():
             main(_node(name, _examined(name, composed)[0]))
 

@@ -140,13 +140,21 @@ def prompt_key(row: Row) -> str:
     return "\n".join(str(message["content"]).strip() for message in opening)
 
 
+def render_prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Token ids of a row's prompt as TRL has them before it generates, with the generation prompt of a conversation."""
+    if is_conversational(row["prompt"]):
+        encoded = _chat(row, row["prompt"], tokenizer, add_generation_prompt=True, tokenize=True, return_dict=True)
+    else:
+        encoded = tokenizer(row["prompt"])
+    return list(encoded["input_ids"])
+
+
 def render(
     row: Row, tokenizer: "PreTrainedTokenizerBase", completion: str = "completion"
 ) -> tuple[list[int], list[int]]:
     """Token ids of prompt and completion as a rollout has them: (prompt_ids, completion_ids).
 
-    The prompt is tokenized as TRL does before it generates (with the generation prompt where it is a conversation);
-    the completion on its own, up to the last EOS that the chat template writes, and one EOS at the end. What
+    The completion is tokenized on its own, up to the last EOS that the chat template writes, and one EOS at the end. What
     a template puts after EOS (ChatML: a newline) is left out, since no rollout contains it.
 
     Args:
@@ -154,17 +162,14 @@ def render(
     """
     prompt, text = row["prompt"], row[completion]
     if is_conversational(prompt):
-        prompt_ids = _chat(row, prompt, tokenizer, add_generation_prompt=True, tokenize=True, return_dict=True)
         opening = _chat(row, prompt, tokenizer, add_generation_prompt=True, tokenize=False)
         conversation = _chat(row, prompt + text, tokenizer, tokenize=False)
         text = conversation[_common(opening, conversation) :]
-    else:
-        prompt_ids = tokenizer(prompt)
     eos = str(tokenizer.eos_token)
     if eos in text:
         text = text[: text.rindex(eos)]
     completion_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return list(prompt_ids["input_ids"]), [*completion_ids, tokenizer.eos_token_id]
+    return render_prompt(row, tokenizer), [*completion_ids, tokenizer.eos_token_id]
 
 
 def render_whole(row: Row, tokenizer: "PreTrainedTokenizerBase", answer: str | None = None) -> str:

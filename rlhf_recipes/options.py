@@ -96,6 +96,20 @@ class Reward:
     weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the model, functions and endpoint."}
     )
+    min_accuracy: float = field(
+        default=0.5,
+        metadata={"help": "Refuse the run's reward model unless its held-out accuracy is surely above this. 0 insists."},
+    )
+
+
+@dataclass
+class Evaluation:
+    """The table at the end of each stage: completions of held-out prompts, before and after."""
+
+    prompts: int = field(default=100, metadata={"help": "Held-out prompts to answer. 0: no table."})
+    samples: int = field(default=1, metadata={"help": "Completions of each prompt. More: narrower intervals."})
+    max_new_tokens: int = field(default=128, metadata={"help": "Tokens after which a completion is cut."})
+    batch_size: int = field(default=16, metadata={"help": "Completions sampled at once. Lower: less memory."})
 
 
 # Options that a recipe sets itself, and what to use instead.
@@ -138,6 +152,7 @@ def sections(recipe: str) -> dict[str, Mapping[str, schema.Option]]:
         "model": f"{__name__}.Model",
         "data": f"{__name__}.Data",
         "reward": f"{__name__}.Reward",
+        "evaluation": f"{__name__}.Evaluation",
         "quantization": "transformers.BitsAndBytesConfig",
         "lora": "peft.LoraConfig",
         "training": TRAINING[recipe],
@@ -159,7 +174,7 @@ def options(recipe: str) -> Mapping[str, schema.Option]:
 
 def ours(section: str) -> bool:
     """Whether a section is the project's own, so that its defaults are stated here and not by a library."""
-    return section in ("", "model", "data", "reward")
+    return section in ("", "model", "data", "reward", "evaluation")
 
 
 def required(recipe: str) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rlhf_recipes.terminal import duration, number, say
+from rlhf_recipes.figures import duration, number
+from rlhf_recipes.terminal import say
 
 # What the bar shows, by stage: the trainer's name for a figure, and ours.
 FIGURES = {
@@ -34,12 +35,14 @@ class Progress(TrainerCallback):
         self.evaluation: Any = None
         self.figures = ""
         self.first = self.tenth = 0
+        self.per_iteration = 0  # steps that one rollout batch serves, in PPO
         self.begun = self.spoken = time.monotonic()
         self.due = False
 
-    def on_train_begin(self, _: TrainingArguments, state: TrainerState, __: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, _: TrainerControl, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
+        self.per_iteration = getattr(args, "steps_per_iteration", 0)
         self.first, self.tenth = state.global_step, state.global_step * 10 // state.max_steps
         self.begun = self.spoken = time.monotonic()
         if self.as_bar:
@@ -67,20 +70,18 @@ class Progress(TrainerCallback):
 
     def on_log(
         self,
-        args: TrainingArguments,
+        _: TrainingArguments,
         state: TrainerState,
-        _: TrainerControl,
+        __: TrainerControl,
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         logs = logs or {}
         shown = {ours: logs[theirs] for theirs, ours in FIGURES.get(self.stage, {}).items() if theirs in logs}
-        if shown:
+        if shown and not (self.figures and "train_runtime" in logs):  # the trainer's closing words have no loss
             self.figures = ", ".join(f"{name} {number(value)}" for name, value in shown.items())
-            if steps := getattr(args, "steps_per_iteration", 0):  # PPO: one rollout batch serves several steps
-                self.figures = f"iteration {-(-state.global_step // steps)}, {self.figures}"
         if self.bar is not None:
-            self.bar.set_postfix_str(self.figures)
+            self.bar.set_postfix_str(_joined(self._iteration(state), self.figures))
         self._speak(state)
 
     def on_prediction_step(
@@ -127,5 +128,15 @@ class Progress(TrainerCallback):
         speed = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
         left = state.max_steps - state.global_step
         time_left = f"{duration(left / rate)} left" if left else f"{duration(self.spoken - self.begun)} in all"
-        parts = (f"step {state.global_step} of {state.max_steps}", self.figures, speed, time_left)
-        say(f"{self.stage}: " + ", ".join(part for part in parts if part))
+        step = f"step {state.global_step} of {state.max_steps}"
+        say(f"{self.stage}: {_joined(step, self._iteration(state), self.figures, speed, time_left)}")
+
+    def _iteration(self, state: TrainerState) -> str:
+        """In PPO, which rollout batch this is; empty elsewhere."""
+        if not self.per_iteration:
+            return ""
+        return f"iteration {-(-state.global_step // self.per_iteration)} of {-(-state.max_steps // self.per_iteration)}"
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)

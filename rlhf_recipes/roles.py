@@ -183,11 +183,18 @@ class Roles:
                 parameter.requires_grad_(True)
 
     @contextmanager
-    def active(self, adapter: str) -> Iterator[None]:
-        """Run as one role. A backward pass belongs inside: checkpointing recomputes with the adapter active *then*."""
-        self.activate(adapter)
+    def active(self, adapter: str | None) -> Iterator[None]:
+        """Run as one role, or as the bare base (None), and as the policy again afterwards.
+
+        A backward pass belongs inside: checkpointing recomputes with the adapter that is active *then*.
+        """
         try:
-            yield
+            if adapter is None:
+                with self.model.disable_adapter():
+                    yield
+            else:
+                self.activate(adapter)
+                yield
         finally:
             self.activate(POLICY)
 

@@ -7,7 +7,7 @@ Nothing here imports torch: a skip takes a moment.
     with Stage.open(cfg, "rm", predecessors=("sft",), data_fingerprint=describe(cfg.data, "preferences")) as stage:
         if stage.state != "skip":
             args = build(RewardConfig, cfg.training, output_dir=str(stage.checkpoints_dir))
-            ...                                         # stage.predecessor("sft").path holds the SFT adapter
+            ...                                         # stage.adapter("sft") is the SFT adapter's folder
             trainer.train(resume_from_checkpoint=stage.resume_from)
             stage.finish(metrics, save=trainer.save_model)
 """
@@ -229,9 +229,16 @@ class Stage:
         """Where the trainer keeps its checkpoints (its `output_dir`)."""
         return self.path / CHECKPOINTS
 
-    def predecessor(self, name: str) -> Made:
-        """The finished stage of this run that this one was opened with."""
-        return self.predecessors[name]
+    def adapter(self, name: str) -> Path | None:
+        """The folder of the adapter that a predecessor made; None if the stage was opened without that predecessor."""
+        return self.predecessors[name].path if name in self.predecessors else None
+
+    @property
+    def saving(self) -> Path:
+        """A folder for artefacts; `finish` moves them into the stage."""
+        folder = self.path / SAVING
+        folder.mkdir(exist_ok=True)
+        return folder
 
     def check_base(self, fingerprint: str) -> None:
         """Refuse adapters of another base, and a base that changed since this stage began; write it down otherwise.
@@ -262,7 +269,7 @@ class Stage:
 
         Args:
             metrics: the final figures, for `metrics.json`.
-            save: writes the artefacts into the folder it is given, e.g. `trainer.save_model`.
+            save: writes artefacts into the folder it is given, e.g. `trainer.save_model`; others may lie in `saving`.
             base_fingerprint: of the base model, checked as by `check_base`.
 
         Raises:
@@ -272,9 +279,8 @@ class Stage:
             self.check_base(base_fingerprint)
         if not self._lock:
             return
-        saving = self.path / SAVING
+        saving = self.saving
         try:
-            saving.mkdir()
             if save is not None:
                 save(str(saving))
             for name in REPLACED:
@@ -363,7 +369,7 @@ def make_command(targets: Sequence[str], overrides: Sequence[str], *more: str) -
     >>> make_command(["sft"], ["run=mine", "model=qwen2.5-0.5b", "training.beta=0.1"])
     'make sft ARGS="run=mine model=qwen2.5-0.5b"'
     """
-    shared = [o for o in overrides if re.split(r"[=.@]", o.lstrip("+~"))[0] in SHARED]
+    shared = [o for o in overrides if re.split(r"[=.@]", o)[0] in SHARED]
     text = " ".join(shlex.quote(override) for override in (*shared, *more))
     quoted = shlex.quote(text) if set(text) & set('"$`\\') else f'"{text}"'
     return f"make {' '.join(targets)}" + (f" ARGS={quoted}" if text else "")
@@ -516,12 +522,12 @@ def _run_folder(config: dict[str, Any]) -> Path:
 
 
 def _task_overrides() -> list[str]:
-    """The overrides on Hydra's command line, if Hydra runs."""
+    """The overrides on Hydra's command line as people type them, without `+`, if Hydra runs."""
     if "hydra" not in sys.modules:
         return []
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    return [o.lstrip("+") for o in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
 
 
 def _sweep_folder() -> str:
@@ -536,7 +542,7 @@ def _sweep_folder() -> str:
         return ""
     typed = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
     swept = {override.key_or_group for override in typed if override.is_sweep_override()}
-    job = ",".join(o for o in _task_overrides() if o.split("=")[0].lstrip("+") in swept)
+    job = ",".join(o for o in _task_overrides() if o.split("=")[0] in swept)
     name = re.sub(r"[^\w.+=,-]", "_", job)
     return name if len(name) <= 120 else f"{name[:100]}-{disk.hash_value(job)}"
 

@@ -10,10 +10,11 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from rlhf_recipes.figures import duration, number, table
 from rlhf_recipes.runs import Stage, make_command
 
 if TYPE_CHECKING:
@@ -78,81 +79,43 @@ def progress(trainer: Trainer, stage: str) -> None:
     trainer.add_callback(Progress(stage, bar=_is_terminal(sys.stderr) and not trainer.args.disable_tqdm))
 
 
-def say(text: str = "") -> None:
-    """Write a line, or several, to the person, clear of a bar that may be on the screen."""
-    _line(text, sys.stdout)
+def say(text: object) -> None:
+    """Write a line, or several, to the person, clear of a bar that may be on the screen; no text is no line."""
+    if lines := str(text):
+        _line(lines, sys.stdout)
 
 
-def summary(stage: Stage, made: str, figures: Mapping[str, object]) -> None:
+def summary(
+    stage: Stage,
+    made: str,
+    figures: Mapping[str, object],
+    changes: Mapping[str, Mapping[str, object]] | None = None,
+) -> None:
     """Tell at the end of a stage what was made, where, how good, how long, how much memory, and what comes next.
 
     Args:
         stage: the stage, finished.
         made: what it made, in a few words.
         figures: how good it is, by name: numbers, or (mean, half of the 95% interval).
+        changes: the same for the policies to compare, by policy: a table.
     """
     manifest = stage.manifest
-    size = sum(f["bytes"] for f in manifest["files"].values())
-    kinds = {"rss": "resident", "anonymous": "anonymous", "gpu": "on the GPU"}
-    following = [make_command(NEXT[stage.name], manifest["overrides"])] if NEXT.get(stage.name) else []
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    shown = {name: value for name, value in figures.items() if not isinstance(value, Mapping | None)}
+    memory = {"rss": "resident", "anonymous": "anonymous", "gpu": "on the GPU"}
+    following = NEXT.get(stage.name, ())
     rows = {
         "made": f"{made}, {size / 1e6:.1f} MB",
         "where": f"{stage.path}{os.sep}",
-        "how good": ", ".join(f"{name} {number(value)}" for name, value in figures.items()),
+        "how good": ", ".join(f"{name} {number(value)}" for name, value in shown.items()),
         "how long": duration(manifest["seconds"]),
-        "memory": ", ".join(f"{mb:,} MB {kinds[kind]}" for kind, mb in manifest["peak_memory"].items())
+        "memory": ", ".join(f"{mb:,} MB {memory[kind]}" for kind, mb in manifest["peak_memory"].items())
         + " at the peak",
-        "next": "; ".join(following),
+        "next": make_command(following, manifest["overrides"]) if following else "",
     }
     say(f"\n{manifest['run']}/{stage.name} is finished\n" + "\n".join(f"  {k:<9} {v}" for k, v in rows.items() if v))
-
-
-def table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> str:
-    """A short table: the first column to the left, the others to the right.
-
-    Args:
-        rows: one mapping a line, values by column; what is missing or None is shown as a dash.
-        columns: which, and in what order; those of the first row by default.
-
-    >>> print(table([{"": "sft", "gold": (0.671, 0.018)}, {"": "ppo", "gold": (0.853, 0.012)}]))
-                gold
-    sft  0.67 ± 0.02
-    ppo  0.85 ± 0.01
-    """
-    columns = list(columns or rows[0])
-    cells = [columns, *([number(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = (
-        [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))] for line in cells
-    )
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def number(value: object) -> str:
-    """A figure for people: `0.71 ± 0.02` for (mean, half-width), `0.713`, `12,345`; None is a dash, text stays."""
-    match value:
-        case None:
-            return "-"
-        case (float() | int() as mean, float() | int() as half):
-            # the interval's first digit decides where both end, between 0 and 3 decimals; 0.0 counts as two
-            places = 2 if half == 0 else next((p for p in range(4) if round(half * 10**p) >= 1), 3)
-            places = max(places, 2) if abs(mean) < 10 else places
-            return f"{mean:.{places}f} ± {half:.{places}f}"
-        case bool() | str():
-            return str(value)
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return str(value)
-
-
-def duration(seconds: float) -> str:
-    """`14 s`, `3 min 20 s`, `2 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    if changes:
+        say("\n" + table([{"held-out prompts": policy} | dict(measured) for policy, measured in changes.items()]))
 
 
 class _Known(logging.Filter):

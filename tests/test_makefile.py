@@ -1,5 +1,6 @@
 """The Makefile and the pinned versions: what a newcomer types first."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -22,9 +23,11 @@ def make(tmp_path):
     python.write_text('#!/bin/sh\nprintf "<%s>" "$@"; echo\n')
     python.chmod(0o755)
     (tmp_path / ".venv" / ".ready").touch()
+    # `make test` hands its own flags and arguments down to the tests
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS")) and "ARGS" not in k}
 
     def run(*arguments):
-        return subprocess.run(["make", *arguments], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(["make", *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     run.folder = tmp_path
     return run

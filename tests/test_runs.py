@@ -62,7 +62,7 @@ def opened(cfg, name, *predecessors, data=DATA, overrides=()):
 def made(cfg, name, *predecessors, text="w", data=DATA, overrides=("run=mine",)):
     with opened(cfg, name, *predecessors, data=data, overrides=overrides) as stage:
         assert stage.state == "start"
-        stage.finish({"gold": 0.7}, save=weights(text), base_fingerprint="b1")
+        stage.finish({"gold": 0.7, "sft": {"helpful": (0.7, 0.02)}}, save=weights(text), base_fingerprint="b1")
     return stage
 
 
@@ -86,7 +86,7 @@ def test_a_finished_stage_holds_artefacts_figures_config_manifest_and_card(confi
         *("adapter_model.safetensors", "value/head.safetensors", "config.yaml", "metrics.json", "manifest.json"),
         *("README.md", ".lock"),
     }
-    assert json.loads((stage.path / "metrics.json").read_text()) == {"gold": 0.7}
+    assert json.loads((stage.path / "metrics.json").read_text()) == {"gold": 0.7, "sft": {"helpful": [0.7, 0.02]}}
     manifest = json.loads((stage.path / "manifest.json").read_text())
     assert manifest["status"] == "finished" and manifest["seed"] == 0 and manifest["base"] == "b1"
     assert manifest["versions"]["trl"].startswith("1.16") and manifest["data"] == DATA
@@ -96,9 +96,18 @@ def test_a_finished_stage_holds_artefacts_figures_config_manifest_and_card(confi
     card = (stage.path / "README.md").read_text()
     assert (
         "python -m recipes.sft run=mine\n" in card
-        and "| gold | 0.7 |" in card
+        and "| gold | 0.7 |\n| sft.helpful | 0.70 ± 0.02 |" in card
         and stage.manifest["fingerprint"] in card
     )
+
+
+def test_artefacts_may_be_saved_one_by_one(config):
+    with opened(config(), "rm") as stage:
+        (stage.saving / "adapter_model.safetensors").write_text("w")
+        (stage.saving / "scale.json").write_text("{}")
+        stage.finish({})
+    assert set(Made.read(stage.path).manifest["files"]) == {"adapter_model.safetensors", "scale.json"}
+    assert not (stage.path / ".saving").exists()
 
 
 def test_a_finished_unchanged_stage_is_skipped_with_a_line(config):
@@ -391,7 +400,7 @@ def test_a_predecessor_with_changed_weights_is_refused(config):
 def test_adapters_of_another_base_are_refused(config):
     made(config(), "sft")
     with opened(config(), "rm", "sft") as stage:
-        assert stage.predecessor("sft").path.name == "sft"
+        assert stage.adapter("sft") == stage.path.parent / "sft" and stage.adapter("rm") is None
         stage.check_base("b1")
         with pytest.raises(UserError, match=r"fingerprint b2(.|\n)*mine/sft: b1"):
             stage.check_base("b2")
@@ -567,7 +576,7 @@ def test_the_jobs_of_a_sweep_lie_beside_each_other_and_share_the_stages_before(c
         str(script),
         "-m",
         "run=mine",
-        "training.learning_rate=0.1,0.2",
+        "++training.learning_rate=0.1,0.2",
         "model.name_or_path=a/b",
     ]
     subprocess.run(command, check=True, cwd=tmp_path, capture_output=True)

@@ -1,0 +1,57 @@
+"""Direct preference optimization: the SFT policy improved on preferences, with no reward model and no sampling.
+
+    make sft dpo
+    make dpo ARGS="run=mine model=qwen2.5-0.5b" DPO_ARGS="training.beta=0.2 training.loss_type=[ipo]"
+
+The reference is a frozen copy of the SFT adapter on the same base; the lower layers (`trunk`) stay as SFT left them. TRL's
+DPOTrainer, with every loss and option of its own. `training.precompute_ref_log_probs=true` computes the reference once.
+"""
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import data, terminal
+from rlhf_recipes.config import build, recipe
+from rlhf_recipes.runs import Stage
+
+
+def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
+    """Train, measure and save; returns the figures of `metrics.json`."""
+    rows = data.load(cfg.data, "preferences", cfg.seed)
+    from trl import DPOConfig, DPOTrainer
+
+    from rlhf_recipes import evaluation, models
+    from rlhf_recipes.roles import POLICY, REFERENCE
+
+    args = build(DPOConfig, cfg.training, output_dir=stage.checkpoints_dir, seed=cfg.seed, **models.precision(cfg))
+    tokenizer = models.load_tokenizer(cfg.model, rows.train)
+    terminal.say(data.check_lengths(rows.train, tokenizer, "dpo", args.max_length))
+    policy = models.load_policy(cfg, stage.adapter("sft"))
+    stage.check_base(models.fingerprint(policy))
+
+    trainer = DPOTrainer(
+        policy, args=args, train_dataset=rows.train, eval_dataset=rows.test, processing_class=tokenizer
+    )
+    roles = models.thaw(policy, cfg.trunk)
+    terminal.progress(trainer, "dpo")
+    trainer.train(resume_from_checkpoint=stage.resume_from)
+
+    evaluated = trainer.evaluate()
+    figures = {name: evaluated[f"eval_rewards/{name}"] for name in ("accuracies", "margins")}
+    changes = evaluation.changes(cfg, roles, tokenizer, {cfg.start: REFERENCE, "dpo": POLICY})
+    stage.finish(figures | changes, save=trainer.save_model)
+    terminal.summary(stage, "DPO adapter", figures, changes)
+    return figures | changes
+
+
+@recipe("dpo")
+def main(cfg: DictConfig) -> None:
+    """Open the stage, and train unless it is finished."""
+    before = ["sft"] if cfg.start == "sft" else []
+    with Stage.open(cfg, "dpo", predecessors=before, data_fingerprint=data.describe(cfg.data, "preferences")) as stage:
+        terminal.say(stage.message)
+        if stage.state != "skip":
+            train(cfg, stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""PPO: the SFT policy improved against a reward, under a KL penalty to where it started.
+
+    make sft rm ppo
+    make ppo ARGS="run=mine model=qwen2.5-0.5b" PPO_ARGS="training.beta=0.1 training.kl_target=6"
+    make ppo PPO_ARGS="reward=function 'reward.functions=[rewards.py:brevity]'"
+
+Policy, reference, reward and value are adapters on one base, over one trunk (rlhf_recipes/roles.py). An iteration is one
+rollout batch; `training.max_steps` counts optimizer steps.
+"""
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import data, rewards, terminal
+from rlhf_recipes.config import build, recipe
+from rlhf_recipes.runs import Stage
+
+
+def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
+    """Train, measure and save; returns the figures of `metrics.json`."""
+    reward = rewards.from_config(cfg.reward, stage.adapter("rm"))
+    rows = data.load(cfg.data, "prompts", cfg.seed)
+    from rlhf_recipes import PPOConfig, PPOTrainer, evaluation, models
+    from rlhf_recipes.roles import POLICY, REFERENCE
+
+    options = {"output_dir": stage.checkpoints_dir, "seed": cfg.seed, "trunk": cfg.trunk, "reward_weights": reward.weights}
+    args = build(PPOConfig, cfg.training, **options, **models.precision(cfg))
+    data.check_batch(len(rows.train), args.generation_batch_size)
+    tokenizer = models.load_tokenizer(cfg.model, rows.train)
+    policy = models.load_policy(cfg, stage.adapter("sft"))
+    stage.check_base(models.fingerprint(policy))
+
+    trainer = PPOTrainer(
+        policy,
+        reward.functions,
+        args,
+        train_dataset=rows.train,
+        eval_dataset=rows.test,
+        processing_class=tokenizer,
+        reward_adapter=reward.adapter,
+        ptx_dataset=data.load(cfg.data, "sft", cfg.seed).train if args.ptx_coef else None,
+    )
+    terminal.progress(trainer, "ppo")
+    trainer.train(resume_from_checkpoint=stage.resume_from)
+
+    figures = {"objective": trainer.state.best_metric}
+    changes = evaluation.changes(cfg, trainer.roles, tokenizer, {cfg.start: REFERENCE, "ppo": POLICY})
+    stage.finish(figures | changes, save=trainer.save_model)
+    terminal.summary(stage, "PPO adapter and critic", figures, changes)
+    return figures | changes
+
+
+@recipe("ppo")
+def main(cfg: DictConfig) -> None:
+    """Open the stage, and train unless it is finished."""
+    before = ["sft"] * (cfg.start == "sft") + ["rm"] * (cfg.reward.model == "run")
+    with Stage.open(cfg, "ppo", predecessors=before, data_fingerprint=data.describe(cfg.data, "prompts")) as stage:
+        terminal.say(stage.message)
+        if stage.state != "skip":
+            train(cfg, stage)
+
+
+if __name__ == "__main__":
+    main()

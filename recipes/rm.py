@@ -1,0 +1,65 @@
+"""Reward model: a LoRA adapter with a scalar head that scores answers as the raters rank them.
+
+    make sft rm
+    make rm ARGS="run=mine model=qwen2.5-0.5b" RM_ARGS="training.learning_rate=5e-5 training.center_rewards_coefficient=0"
+
+It starts from the SFT adapter, whose lower layers (`trunk`) stay as they are, so that PPO can share them; trained by TRL's
+RewardTrainer: Bradley-Terry, with margins where the data have them.
+"""
+
+from functools import partial
+from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import data, terminal
+from rlhf_recipes.config import build, recipe
+from rlhf_recipes.runs import Stage
+
+
+def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
+    """Train, measure and save; returns the figures of `metrics.json`."""
+    rows = data.load(cfg.data, "preferences", cfg.seed)
+    from trl import RewardConfig, RewardTrainer
+
+    from rlhf_recipes import models, reward_model
+
+    args = build(RewardConfig, cfg.training, output_dir=stage.checkpoints_dir, seed=cfg.seed, **models.precision(cfg))
+    tokenizer = models.load_tokenizer(cfg.model, rows.train)
+    pairs, heldout = (reward_model.tokenize(part, tokenizer) for part in (rows.train, rows.test))
+    terminal.say(data.check_lengths(pairs, tokenizer, "rm", args.max_length))
+    sft = stage.adapter("sft")
+    model = models.load_reward_model(cfg, sft)
+    stage.check_base(models.fingerprint(model))
+
+    trainer = RewardTrainer(model, args, train_dataset=pairs, eval_dataset=heldout, processing_class=tokenizer)
+    models.thaw(model, cfg.trunk)
+    terminal.progress(trainer, "rm")
+    trainer.train(resume_from_checkpoint=stage.resume_from)
+
+    scores = reward_model.pair_scores(model, heldout, tokenizer, args.per_device_eval_batch_size)
+    figures = reward_model.agreement(*scores)
+    with TemporaryDirectory() as saved:
+        trainer.save_model(saved)
+        del trainer, model  # two bases in memory would be one too many
+        policy = models.load_policy(cfg, sft)
+        figures["scale"] = reward_model.measure_scale(cfg, policy, tokenizer, rows.train, Path(saved))
+        stage.finish(figures, save=partial(copytree, saved, dirs_exist_ok=True))
+    terminal.summary(stage, "reward model", figures)
+    return figures
+
+
+@recipe("rm")
+def main(cfg: DictConfig) -> None:
+    """Open the stage, and train unless it is finished."""
+    before = ["sft"] if cfg.start == "sft" else []
+    with Stage.open(cfg, "rm", predecessors=before, data_fingerprint=data.describe(cfg.data, "preferences")) as stage:
+        terminal.say(stage.message)
+        if stage.state != "skip":
+            train(cfg, stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Supervised fine-tuning: a LoRA adapter that answers as the demonstrations do. Every later stage starts from it.
+
+    make sft
+    make sft ARGS="run=mine model=qwen2.5-0.5b data=ultrafeedback hardware=12gb lora.r=32"
+
+All layers are trained, by TRL's SFTTrainer with every option of its own: packing, NEFTune, completion-only loss ...
+"""
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import data, terminal
+from rlhf_recipes.config import build, recipe
+from rlhf_recipes.runs import Stage
+
+
+def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
+    """Train, measure and save; returns the figures of `metrics.json`."""
+    rows = data.load(cfg.data, "sft", cfg.seed)
+    from trl import SFTConfig, SFTTrainer
+
+    from rlhf_recipes import evaluation, models
+    from rlhf_recipes.roles import POLICY
+
+    args = build(SFTConfig, cfg.training, output_dir=stage.checkpoints_dir, seed=cfg.seed, **models.precision(cfg))
+    tokenizer = models.load_tokenizer(cfg.model, rows.train)
+    terminal.say(data.check_lengths(rows.train, tokenizer, "sft", args.max_length))
+    policy = models.new_adapter(models.load_base(cfg), cfg)
+    stage.check_base(models.fingerprint(policy))
+
+    trainer = SFTTrainer(policy, args, train_dataset=rows.train, eval_dataset=rows.test, processing_class=tokenizer)
+    roles = models.thaw(policy, trunk=0)
+    terminal.progress(trainer, "sft")
+    trainer.train(resume_from_checkpoint=stage.resume_from)
+
+    figures = {"loss": trainer.evaluate()["eval_loss"]}
+    changes = evaluation.changes(cfg, roles, tokenizer, {"base": None, "sft": POLICY})
+    stage.finish(figures | changes, save=trainer.save_model)
+    terminal.summary(stage, "SFT adapter", figures, changes)
+    return figures | changes
+
+
+@recipe("sft")
+def main(cfg: DictConfig) -> None:
+    """Open the stage, and train unless it is finished."""
+    with Stage.open(cfg, "sft", data_fingerprint=data.describe(cfg.data, "sft")) as stage:
+        terminal.say(stage.message)
+        if stage.state != "skip":
+            train(cfg, stage)
+
+
+if __name__ == "__main__":
+    main()

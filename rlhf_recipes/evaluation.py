@@ -1,0 +1,198 @@
+"""What a stage changed: completions of several policies on the same held-out prompts, measured side by side."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_recipes import data, world
+from rlhf_recipes.advantages import kl_estimate
+from rlhf_recipes.formats import render_prompt
+from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Episodes, Roles
+
+GOLD = ("helpful", "honest", "harmless")
+"""What a known truth says of a completion; each prompt asks for one of them."""
+
+
+class Interval(NamedTuple):
+    """A mean, and half of its 95% interval."""
+
+    mean: float
+    half_width: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion of one held-out prompt."""
+
+    prompt: Any
+    completion: str
+    prompt_ids: list[int]
+    completion_ids: list[int]  # EOS included, where there is one
+
+
+@torch.no_grad()
+def sample(
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Mapping[str, Any]],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> list[Sample]:
+    """Sample from the active adapter at temperature 1, `samples` completions a prompt, prompt by prompt.
+
+    The random state outside is left alone, and equal seeds give equal noise to different policies.
+    """
+    model = roles.model
+    model.eval()
+    declared = model.generation_config.eos_token_id
+    eos = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
+    rows = [(row["prompt"], render_prompt(row, tokenizer)) for row in prompts for _ in range(samples)]
+    made = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for batch in _batches(rows, batch_size):
+            padded = Episodes.padded([ids for _, ids in batch], [[]] * len(batch), tokenizer.pad_token_id, model.device)
+            sequences = model.generate(
+                input_ids=padded.input_ids,
+                attention_mask=padded.attention_mask,
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                eos_token_id=sorted(eos),
+                pad_token_id=tokenizer.pad_token_id,
+                use_cache=True,
+            )
+            for (prompt, prompt_ids), tokens in zip(batch, sequences[:, padded.input_ids.size(1) :].tolist(), strict=True):
+                end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+                text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+                made.append(Sample(prompt, text, prompt_ids, tokens[:end]))
+    return made
+
+
+@torch.no_grad()
+def rewards(roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample], batch_size: int) -> list[float]:
+    """The reward adapter's score of each sample."""
+    scores: list[float] = []
+    with roles.active(REWARD):
+        for batch in _batches(made, batch_size):
+            episodes = _episodes(roles, tokenizer, batch)
+            scores += roles.scores(episodes.input_ids, episodes.attention_mask, tokenizer.pad_token_id).tolist()
+    return scores
+
+
+@torch.no_grad()
+def kl(
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    made: Sequence[Sample],
+    batch_size: int,
+    *,
+    policy: str | None,
+    reference: str | None,
+) -> list[float]:
+    """KL(policy || reference) of each sample of `policy`, in nats per completion; the adapters are given by name."""
+    divergences: list[float] = []
+    for batch in _batches(made, batch_size):
+        episodes = _episodes(roles, tokenizer, batch)
+        logps = []
+        for adapter in (policy, reference):
+            with roles.active(adapter):
+                scored = roles.token_logps(episodes.input_ids, episodes.attention_mask, episodes.completion_length)
+                logps.append(scored[0].float())
+        divergences += (kl_estimate(logps[0], logps[1], "k3") * episodes.mask).sum(dim=1).tolist()
+    return divergences
+
+
+def _episodes(roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample]) -> Episodes:
+    ids, completions = [s.prompt_ids for s in made], [s.completion_ids for s in made]
+    return Episodes.padded(ids, completions, tokenizer.pad_token_id, roles.model.device)
+
+
+def summarize(measured: Mapping[str, Sequence[float | None]], samples: int) -> dict[str, Interval]:
+    """The mean of each measure over prompts with its 95% interval, from `samples` values in a row for each prompt.
+
+    Samples of one prompt are not independent, so prompts are what is counted. None is left out: not every measure applies
+    to every prompt. `gold` is the mean of its components, however many prompts of each kind there are.
+    """
+    figures = {}
+    for name, values in measured.items():
+        by_prompt = [[v for v in group if v is not None] for group in _batches(values, samples)]
+        if any(by_prompt):
+            figures[name] = interval([fmean(group) for group in by_prompt if group])
+    parts = [figures[name] for name in GOLD if name in figures]
+    if parts:
+        half_width = sum(part.half_width**2 for part in parts) ** 0.5 / len(parts)
+        figures = {"gold": Interval(fmean(part.mean for part in parts), half_width)} | figures
+    return figures
+
+
+def interval(values: Iterable[float]) -> Interval:
+    """Mean and half of the 95% interval of independent values (normal approximation)."""
+    values = list(values)
+    error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return Interval(fmean(values), 1.96 * error)
+
+
+def changes(
+    cfg: DictConfig, roles: Roles, tokenizer: PreTrainedTokenizerBase, policies: Mapping[str, str | None]
+) -> dict[str, dict[str, Interval]]:
+    """The figures of several policies, by name, on the same held-out prompts with the same noise.
+
+    The prompts are those of the `prompts` part of the data, the same in every stage; without such a part there is nothing
+    to compare by, and the result is empty.
+
+    Args:
+        policies: the adapter of each policy, by the name to show; None is the bare base. The KL is taken to the reference
+            where there is one, and else to the policy.
+    """
+    asked, options = heldout_prompts(cfg), cfg.evaluation
+    if not asked:
+        return {}
+    gold = world.gold if all(source.kind == "world" for source in data.parse(cfg.data, "prompts")[0]) else None
+    reference = REFERENCE if REFERENCE in roles.model.peft_config else POLICY
+    figures = {}
+    for name, adapter in policies.items():
+        with roles.active(adapter):
+            made = sample(
+                roles,
+                tokenizer,
+                asked,
+                samples=options.samples,
+                max_new_tokens=options.max_new_tokens,
+                batch_size=options.batch_size,
+                seed=cfg.seed,
+            )
+        measured: dict[str, Sequence[float | None]] = {
+            "KL to SFT": kl(roles, tokenizer, made, options.batch_size, policy=adapter, reference=reference),
+            "length": [float(len(s.completion_ids)) for s in made],
+            "EOS": [float(s.completion_ids[-1] == tokenizer.eos_token_id) for s in made],
+        }
+        if REWARD in roles.heads:
+            measured["reward"] = rewards(roles, tokenizer, made, options.batch_size)
+        if gold is not None:
+            verdicts = [gold(s.prompt, s.completion) for s in made]
+            measured |= {name: [getattr(v, name) for v in verdicts] for name in GOLD}
+        figures[name] = summarize(measured, options.samples)
+    return figures
+
+
+def heldout_prompts(cfg: DictConfig) -> list[dict[str, Any]]:
+    """The first `evaluation.prompts` of the held-out prompts, shuffled once by seed; none where the data have no prompts."""
+    if not cfg.evaluation.prompts or cfg.data.prompts is None:
+        return []
+    rows = data.load(cfg.data, "prompts", cfg.seed).test.shuffle(seed=cfg.seed)
+    return list(rows.select(range(min(cfg.evaluation.prompts, len(rows)))))
+
+
+def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))

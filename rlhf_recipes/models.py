@@ -1,0 +1,186 @@
+"""The base model, its tokenizer and its adapters, loaded as a stage's config says."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig, OmegaConf
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from rlhf_recipes import world
+from rlhf_recipes.config import build
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.formats import is_conversational
+from rlhf_recipes.roles import POLICY, Roles
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+"""Given to a tokenizer that has no chat template where the data are conversations: plain text, no new tokens."""
+
+
+def source(model: DictConfig) -> str:
+    """Hub id or folder that `model.name_or_path` stands for."""
+    return str(world.BASE) if model.name_or_path == EMBEDDED else str(model.name_or_path)
+
+
+def dtype(model: DictConfig) -> torch.dtype:
+    """`model.dtype`, or for `auto` what the device does well: bf16 on recent GPUs, fp16 on older ones, fp32 on a CPU.
+
+    Raises:
+        UserError: no such dtype.
+    """
+    if model.dtype == "auto":
+        if not torch.cuda.is_available():
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if model.dtype not in names:
+        raise UserError(f"model.dtype={model.dtype}: allowed are auto, {', '.join(names)}")
+    return names[model.dtype]
+
+
+def precision(cfg: DictConfig) -> dict[str, Any]:
+    """The training arguments that go with the dtype of the base: mixed precision, and the device."""
+    base = dtype(cfg.model)
+    return {
+        "bf16": base == torch.bfloat16,
+        "fp16": base == torch.float16,
+        "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+    }
+
+
+def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a pad token, an EOS token, and a chat template where the rows are conversations.
+
+    Raises:
+        UserError: there is no EOS token and none is set, or a token that is set is not in the vocabulary.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(
+        source(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+    )
+    faults = []
+    for name in ("eos_token", "pad_token"):
+        token = model[name]
+        if token is not None and token not in tokenizer.get_vocab():
+            faults.append(f"model.{name}={token!r} is not in the vocabulary of {model.name_or_path}")
+        elif token is not None:
+            setattr(tokenizer, name, token)
+    if tokenizer.eos_token is None and not faults:
+        faults.append(f"the tokenizer of {model.name_or_path} has no EOS token: name one of its tokens by model.eos_token=...")
+    if faults:
+        raise UserError("; ".join(faults))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.chat_template is not None:
+        file = Path(model.chat_template)
+        tokenizer.chat_template = file.read_text() if file.suffix in (".jinja", ".j2") else model.chat_template
+    conversational = any(is_conversational(rows[0].get(key)) for key in ("prompt", "messages"))
+    if conversational and tokenizer.chat_template is None:
+        logger.warning(
+            "%s has no chat template: conversations are written as plain text, `User: ...` and `Assistant: ...` "
+            "(set model.chat_template for another)",
+            model.name_or_path,
+        )
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return tokenizer
+
+
+def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
+    """The base model, quantized as the config says, frozen; with `classifier`, with a scalar head in place of the LM head."""
+    common: dict[str, Any] = {
+        "revision": cfg.model.revision,
+        "trust_remote_code": cfg.model.trust_remote_code,
+    }
+    config = AutoConfig.from_pretrained(source(cfg.model), **common)
+    if cfg.model.attn_implementation is not None:
+        common["attn_implementation"] = cfg.model.attn_implementation
+    quantization = OmegaConf.to_container(cfg.quantization)
+    if quantization:
+        compute = {"bnb_4bit_compute_dtype": dtype(cfg.model)} if quantization.get("load_in_4bit") else {}
+        common["quantization_config"] = build(BitsAndBytesConfig, cfg.quantization, **compute)
+        common["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    if classifier:
+        config.num_labels = 1
+        set_seed(cfg.seed)  # the head starts at random
+    model = auto.from_pretrained(source(cfg.model), config=config, dtype=dtype(cfg.model), **common)
+    return model.requires_grad_(False)
+
+
+def load_policy(cfg: DictConfig, adapter: Path | None) -> PeftModel:
+    """The base with a stage's adapter as `default`; without one, with a new adapter that does nothing yet.
+
+    It comes frozen: TRL's trainers cast what is trainable to bf16 on a quantized base. `Roles.train` thaws it.
+
+    Raises:
+        UserError: the adapter was made for another base.
+    """
+    base = load_base(cfg)
+    if adapter is None:
+        return new_adapter(base, cfg).requires_grad_(False)
+    return PeftModel.from_pretrained(base, adapter)
+
+
+def new_adapter(base: PreTrainedModel, cfg: DictConfig) -> PeftModel:
+    """A LoRA adapter as the config says. The same seed gives the same tensors in every stage, so that they can be shared."""
+    set_seed(cfg.seed)
+    return get_peft_model(base, build(LoraConfig, cfg.lora, task_type="CAUSAL_LM"))
+
+
+def load_reward_model(cfg: DictConfig, adapter: Path | None) -> PeftModel:
+    """A sequence classifier whose adapter starts from the SFT adapter's tensors, with a new scalar head.
+
+    PEFT refuses to load a causal LM's adapter on a classifier, so the tensors are put in by hand.
+    """
+    base = load_base(cfg, classifier=True)
+    if adapter is None:
+        config = build(LoraConfig, cfg.lora)
+    else:
+        config = LoraConfig.from_pretrained(adapter)
+    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
+    set_seed(cfg.seed)
+    model = get_peft_model(base, config)
+    if adapter is not None:
+        Roles(model, trunk=0).load(POLICY, adapter)
+    return model.requires_grad_(False)
+
+
+def thaw(model: PeftModel, trunk: float) -> Roles:
+    """After TRL's constructor: train the adapter above the trunk, in float32, without gradients below it."""
+    roles = Roles(model, trunk)
+    roles.train(POLICY)
+    # TRL lets the embeddings' output require gradients for checkpointing; non-reentrant checkpointing does not need it,
+    # and the backward pass would run down through the frozen layers
+    if hasattr(model, "disable_input_require_grads"):
+        model.disable_input_require_grads()
+    return roles
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """What identifies a base whatever its dtype and quantization: its shape, and the signs of some of its embeddings."""
+    config = model.config.get_text_config()
+    shape = [config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size]
+    embeddings = model.get_input_embeddings().weight.detach()
+    rows = torch.linspace(0, len(embeddings) - 1, 64, device=embeddings.device).long()
+    signs = (embeddings[rows] > 0).cpu().numpy().tobytes()
+    return hashlib.sha256(json.dumps(shape).encode() + signs).hexdigest()[:16]

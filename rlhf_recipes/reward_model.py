@@ -1,0 +1,117 @@
+"""Around TRL's RewardTrainer: what the reward model reads, how good it is, and the scale of its scores."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_recipes import evaluation
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.formats import render
+from rlhf_recipes.roles import HEAD_FILE, POLICY, REWARD, Episodes, Roles
+
+SCALE_PROMPTS = 256
+"""Samples that the scale of a reward model is measured on."""
+
+
+def tokenize(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Pairs as RewardTrainer takes them, each answer rendered exactly as a rollout of PPO will be: prompt, completion, EOS.
+
+    TRL's own rendering puts after a ChatML answer the newline of the template, which no rollout ends in.
+    """
+
+    def ids(row: dict[str, Any]) -> dict[str, list[int]]:
+        return {f"{key}_ids": sum(render(row, tokenizer, key), []) for key in ("chosen", "rejected")}
+
+    return pairs.map(ids, desc="Tokenizing pairs")
+
+
+@torch.no_grad()
+def pair_scores(
+    model: PeftModel, pairs: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Scores (n,) of the chosen and of the rejected answers of tokenized pairs, under the reward model as trained."""
+    model.eval()
+    columns = []
+    for key in ("chosen_ids", "rejected_ids"):
+        scores = []
+        for rows in pairs.select_columns([key]).iter(batch_size):
+            batch = Episodes.padded([[]] * len(rows[key]), rows[key], tokenizer.pad_token_id, model.device)
+            scores.append(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].float().cpu())
+        columns.append(torch.cat(scores))
+    return columns[0], columns[1]
+
+
+def agreement(chosen: Tensor, rejected: Tensor, bins: int = 10) -> dict[str, Any]:
+    """How a reward model agrees with its raters, from the scores (n,) of chosen and rejected answers.
+
+    Accuracy counts ties as half. The calibration error is the mean distance, over bins of equal width, between how sure
+    the model is (the sigmoid of its margin) and how often it is right; source: Guo et al. (arXiv 1706.04599), equation 3.
+    """
+    margin = chosen - rejected
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()
+    sure = torch.sigmoid(margin.abs())
+    bin_of = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    error = sum(
+        (bin_of == b).float().mean() * (right[bin_of == b].mean() - sure[bin_of == b].mean()).abs()
+        for b in bin_of.unique()
+    )
+    return {
+        "accuracy": evaluation.interval(right.tolist()),
+        "margin": margin.mean().item(),
+        "calibration_error": float(error),
+        "pairs": len(margin),
+    }
+
+
+def measure_scale(
+    cfg: DictConfig, policy: PeftModel, tokenizer: PreTrainedTokenizerBase, pairs: Dataset, folder: Path
+) -> dict[str, float]:
+    """Mean and spread of the scores on samples of the SFT policy, written beside the reward model in `folder`.
+
+    PPO reads them with the head and sees rewards of mean 0 and spread 1, so that `beta` means the same whatever reward
+    model is used.
+    """
+    roles = Roles(policy, trunk=0)
+    roles.add_copy(REWARD, POLICY)
+    roles.load(REWARD, folder)
+    prompts = {str(prompt): {"prompt": prompt} for prompt in pairs.shuffle(seed=cfg.seed)[:4096]["prompt"]}
+    made = evaluation.sample(
+        roles,
+        tokenizer,
+        list(prompts.values())[:SCALE_PROMPTS],
+        samples=1,
+        max_new_tokens=cfg.evaluation.max_new_tokens,
+        batch_size=cfg.evaluation.batch_size,
+        seed=cfg.seed,
+    )
+    scores = torch.tensor(evaluation.rewards(roles, tokenizer, made, cfg.evaluation.batch_size))
+    scale = {"mean": scores.mean().item(), "std": max(scores.std().item(), 1e-6)}
+    (folder / HEAD_FILE).write_text(json.dumps(scale))
+    return scale
+
+
+def refuse_at_chance(folder: Path, metrics: Mapping[str, Any], least: float) -> None:
+    """Refuse a reward model that does not tell its raters' choice from the other answer.
+
+    Args:
+        metrics: its `metrics.json`.
+        least: accuracy that has to be outside of the 95% interval, below.
+
+    Raises:
+        UserError: with the figure, and how to insist.
+    """
+    accuracy, half_width = metrics["accuracy"]
+    if accuracy - half_width <= least:
+        raise UserError(
+            f"the reward model in {folder} agrees with its raters on {accuracy:.3f} ± {half_width:.3f} of "
+            f"{metrics['pairs']:,} held-out pairs: not above {least:g}, which is chance. PPO would learn noise from it. Train it "
+            "on more pairs or longer (make rm ... overwrite=true), or insist by reward.min_accuracy=0."
+        )

@@ -1,0 +1,136 @@
+"""Where PPO's reward comes from: a reward model, Python functions, an HTTP endpoint, or a weighted mix of them."""
+
+import importlib
+import importlib.util
+import json
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from rlhf_recipes.errors import UserError
+
+RewardFunction = Callable[..., list[float | None]]
+"""TRL's signature: `f(prompts, completions, completion_ids, **columns_of_the_dataset) -> one score per completion`."""
+
+EXAMPLE = """def brevity(completions, **kwargs):
+    return [-len(completion) / 100 for completion in completions]"""
+RETRIES, FIRST_WAIT, TIMEOUT = 3, 1.0, 60.0  # of an endpoint; seconds
+
+
+@dataclass
+class Rewards:
+    """What `PPOTrainer` takes: the adapter first, then models and functions, with one weight for each."""
+
+    adapter: Path | None = None
+    functions: list[Any] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+def from_config(cfg: DictConfig, run_model: Path | None) -> Rewards:
+    """The rewards that the `reward` section asks for.
+
+    Args:
+        run_model: folder of the run's own reward model.
+
+    Raises:
+        UserError: a function or file that is not there, or not as many weights as sources; all faults in one message.
+    """
+    rewards, faults, weights = Rewards(), [], []
+    if cfg.model == "run":
+        rewards.adapter = run_model
+    elif cfg.model is not None and (Path(cfg.model) / "adapter_config.json").exists():
+        rewards.adapter = Path(cfg.model)
+    elif cfg.model is not None:
+        rewards.functions.append(cfg.model)  # a sequence classifier, which TRL loads
+    weights += [1.0] * (cfg.model is not None)
+    for item in cfg.functions or []:
+        path, weight = (item, 1.0) if isinstance(item, str) else (item.get("path"), item.get("weight", 1.0))
+        try:
+            rewards.functions.append(function(str(path)))
+        except UserError as error:
+            faults.append(str(error))
+        weights.append(float(weight))
+    if cfg.url is not None:
+        rewards.functions.append(endpoint(cfg.url))
+        weights.append(1.0)
+    rewards.weights = weights if cfg.weights is None else [float(weight) for weight in cfg.weights]
+    if len(rewards.weights) != len(weights):
+        faults.append(f"reward.weights has {len(rewards.weights)} numbers for {len(weights)} sources of reward")
+    if faults:
+        raise UserError("\n".join(faults))
+    return rewards
+
+
+def function(path: str) -> RewardFunction:
+    """The reward function that `module:function` or `file.py:function` names.
+
+    Raises:
+        UserError: no such module, file or function, or an error while it was read.
+    """
+    place, _, name = path.rpartition(":")
+    if not place or not name:
+        raise UserError(f"reward function {path!r}: want module:function or file.py:function, such as rewards.py:brevity")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+        else:
+            sys.path.insert(0, "")
+            module = importlib.import_module(place)
+    except Exception as error:
+        raise UserError(f"reward function {path!r}: {place} cannot be read: {type(error).__name__}: {error}") from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        functions = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        raise UserError(
+            f"reward function {path!r}: {place} has no function {name}; it has {', '.join(functions) or 'none'}. "
+            f"An example:\n{EXAMPLE}"
+        )
+    return found
+
+
+def endpoint(url: str) -> RewardFunction:
+    """A reward function that asks an HTTP endpoint.
+
+    It is sent `{"prompts": [...], "completions": [...]}` and answers `{"rewards": [...]}`, one number (or null for an
+    episode that is not to count) per completion. Server errors and time-outs are tried again a few times.
+    """
+
+    def http_reward(prompts: list[Any], completions: list[Any], **kwargs: Any) -> list[float | None]:
+        body = json.dumps({"prompts": prompts, "completions": completions}).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+        attempts = 0
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                    return _read_rewards(url, answer.read(), len(completions))
+            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                attempts += 1
+                refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
+                if refused or attempts > RETRIES:
+                    raise UserError(
+                        f"the reward endpoint {url} failed {attempts} times: {error}. Nothing is lost: run the command again "
+                        "to resume from the last checkpoint."
+                    ) from error
+            time.sleep(FIRST_WAIT * 2 ** (attempts - 1))
+
+    return http_reward
+
+
+def _read_rewards(url: str, answer: bytes, wanted: int) -> list[float | None]:
+    try:
+        rewards = json.loads(answer)["rewards"]
+        if len(rewards) == wanted:
+            return [None if reward is None else float(reward) for reward in rewards]
+        seen = f"{len(rewards)} rewards"
+    except (ValueError, KeyError, TypeError):
+        seen = repr(answer[:200].decode(errors="replace"))
+    raise UserError(f'the reward endpoint {url} answered {seen}; want {{"rewards": [...]}} with {wanted} numbers or nulls')
