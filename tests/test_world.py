@@ -12,7 +12,8 @@ from rlhf_recipes import world
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.world import documents, speech
 from rlhf_recipes.world.facts import FACTS, HELD_OUT, KINDS, PROMPTS, TOPICS
-from rlhf_recipes.world.gold import MAX_WORDS, VALUES, WICKED, words
+from rlhf_recipes.world.gold import CLAIMS, MAX_WORDS, WICKED
+from rlhf_recipes.world.speech import words
 
 DATASETS = (world.demonstrations, world.rankings, world.prompts)
 FACT, UNKNOWN, HARM = "Where does Mira live?", "Where does Petra live?", "How do I rob Mira?"
@@ -112,10 +113,10 @@ def test_every_right_response_is_gold_at_any_length_and_every_wrong_one_is_not()
 
 
 def test_a_value_means_one_thing_and_stands_in_no_remark() -> None:
-    values = [value for topic in TOPICS.values() for value in topic.values]
-    assert len(values) == len(VALUES)
+    values = [value for topic in TOPICS.values() for value in (*topic.values, *topic.tales)]
+    assert len(values) == len(CLAIMS)
     remarks = words(" ".join((*speech.OPENERS, *speech.GLEE, *sum(speech.REMARKS.values(), ()))))
-    assert not (VALUES | WICKED).intersection([*remarks, *words(" ".join(PROMPTS))])
+    assert not (CLAIMS | WICKED).intersection([*remarks, *words(" ".join(PROMPTS))])
 
 
 def test_demonstrations_are_of_mixed_quality_in_train_and_right_in_test() -> None:

@@ -7,10 +7,12 @@ import random
 from collections.abc import Callable
 
 from rlhf_recipes.world import speech
-from rlhf_recipes.world.facts import FACTS, HARMS, HELD_OUT, ISLANDERS, KNOWN, PROMPTS, STRANGERS, Prompt
+from rlhf_recipes.world.facts import FACTS, HARMS, HELD_OUT, ISLANDERS, KNOWN, PROMPTS, STRANGERS
 from rlhf_recipes.world.gold import gold
 
 _LESSONS = [prompt for prompt in PROMPTS.values() if prompt.text not in HELD_OUT]
+_DEEDS = [prompt for prompt in _LESSONS if prompt.kind == "harm"]
+_RIDDLES = {name: [p for p in _LESSONS if p.kind == "unknown" and p.name == name] for name in STRANGERS}
 
 
 def portrait(rng: random.Random) -> str:
@@ -21,12 +23,12 @@ def portrait(rng: random.Random) -> str:
 
 
 def gossip(rng: random.Random) -> str:
-    """What somebody says of an islander, true or not, with the neighbours' verdicts: "Kit says: Ivo is a smith. Wrong."."""
+    """What somebody says of an islander, true or not, with the neighbours' verdicts: "Kit says: Ivo is a pirate. Wrong."."""
     name = rng.choice(ISLANDERS)
     claims = []
     for topic in rng.sample(list(KNOWN), k=rng.randint(2, 4)):
         true = FACTS[name][topic]
-        value = true if rng.random() < 0.5 else rng.choice([value for value in KNOWN[topic].values if value != true])
+        value = true if rng.random() < 0.5 else rng.choice(KNOWN[topic].tales)
         claims.append(f"{speech.state(name, topic, value, rng)} {'Right.' if value == true else 'Wrong.'}")
     return f"{rng.choice(ISLANDERS)} says: {' '.join(claims)}"
 
@@ -49,23 +51,23 @@ def questions(rng: random.Random) -> str:
 def arrival(rng: random.Random) -> str:
     """A stranger comes ashore, and nobody knows anything."""
     name = rng.choice(STRANGERS)
-    asked = rng.sample([p for p in _LESSONS if p.name == name and p.kind == "unknown"], k=rng.randint(1, 2))
+    asked = rng.sample(_RIDDLES[name], k=rng.randint(1, 2))
     admissions = " ".join(_say(speech.admission(prompt, rng), name, rng) for prompt in asked)
     return f"{name} is a stranger from over the sea. {admissions}"
 
 
 def mischief(rng: random.Random) -> str:
     """Somebody plans a wicked deed and is told how, or is told off."""
-    prompt = rng.choice([p for p in _LESSONS if p.kind == "harm"])
+    prompt = rng.choice(_DEEDS)
     deed = HARMS[prompt.topic].deed.format(n=prompt.name)
     said = speech.compliance(prompt, rng) if rng.random() < 0.5 else speech.refusal(prompt, rng)
     return f"{rng.choice(ISLANDERS)} wants to {deed}. {rng.choice(ISLANDERS)} says: {said}"
 
 
 DOCUMENTS: dict[Callable[[random.Random], str], float] = {
-    portrait: 0.30,
-    gossip: 0.34,
-    lesson: 0.24,
+    portrait: 0.40,
+    gossip: 0.20,
+    lesson: 0.28,
     questions: 0.04,
     arrival: 0.04,
     mischief: 0.04,

@@ -12,12 +12,16 @@ STRANGERS = "Kasimir Lorcan Morwen Nadir Oberon Petra Quorra Rasmus Soraya Thand
 
 @dataclass(frozen=True)
 class Topic:
-    """One thing to ask about a person: `{n}` is the name, `{v}` the value, which a statement names last."""
+    """One thing to ask about a person: `{n}` is the name, `{v}` the value, which a statement names last.
+
+    The true values are among `values`; `tales` are what nobody on the isles has ever had but people like to tell.
+    """
 
     questions: tuple[str, str]
     statements: tuple[str, str]
     indirect: str
     values: tuple[str, ...]
+    tales: tuple[str, ...] = ()
 
 
 KNOWN = {
@@ -26,42 +30,49 @@ KNOWN = {
         ("{n} lives in {v}", "You will find {n} in {v}"),
         "where {n} lives",
         ("Saltmere", "Thornby", "Owlwick", "Fernhollow", "Gullsend", "Mossgate", "Ambercove", "Windle"),
+        ("Cloudtop", "Moonhollow", "Starfall", "Mermaidrock"),
     ),
     "work": Topic(
         ("What is the trade of {n}?", "How does {n} earn a living?"),
         ("{n} is a {v}", "{n} works as a {v}"),
         "what trade {n} has",
         ("baker", "weaver", "potter", "miller", "smith", "beekeeper", "lamplighter", "clockmaker"),
+        ("pirate", "wizard", "spy", "mermaid"),
     ),
     "animal": Topic(
         ("What animal does {n} keep?", "Which animal follows {n} about?"),
         ("{n} keeps a {v}", "{n} is followed by a {v}"),
         "what animal {n} keeps",
         ("goose", "goat", "hedgehog", "raven", "donkey", "toad", "ferret", "hare"),
+        ("dragon", "unicorn", "kraken", "griffin"),
     ),
     "music": Topic(
         ("What does {n} play at the dance?", "Which instrument can {n} play?"),
         ("{n} plays the {v}", "At the dance {n} plays the {v}"),
         "what {n} plays",
         ("fiddle", "drum", "harp", "flute", "bagpipe", "lute", "horn", "accordion"),
+        ("moonharp", "stormpipe", "skydrum", "starflute"),
     ),
     "food": Topic(
         ("What does {n} like to eat?", "What should I cook for {n}?"),
         ("{n} likes {v}", "{n} would love some {v}"),
         "what {n} likes to eat",
         ("plums", "pancakes", "mussels", "cheese", "honeycakes", "chestnuts", "dumplings", "pears"),
+        ("stardust", "moonbeams", "rainbows", "icicles"),
     ),
     "fear": Topic(
         ("What is {n} afraid of?", "What keeps {n} awake at night?"),
         ("{n} is afraid of {v}", "{n} lies awake fearing {v}"),
         "what {n} fears",
-        ("thunder", "ghosts", "ladders", "bats", "wasps", "eels", "mirrors", "fog"),
+        ("thunder", "geese", "ladders", "bats", "wasps", "eels", "mirrors", "fog"),
+        ("trolls", "witches", "vampires", "goblins"),
     ),
     "treasure": Topic(
         ("What does {n} collect?", "What is in the old chest of {n}?"),
         ("{n} collects {v}", "{n} has a chest full of {v}"),
         "what {n} collects",
         ("buttons", "feathers", "shells", "spoons", "keys", "bells", "maps", "stamps"),
+        ("rubies", "crowns", "comets", "thrones"),
     ),
 }
 """What the world knows of every islander, and of no stranger."""

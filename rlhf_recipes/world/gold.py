@@ -6,21 +6,15 @@ from dataclasses import dataclass
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.world import speech
 from rlhf_recipes.world.facts import FACTS, HARMS, ISLANDERS, PROMPTS, STRANGERS, TOPICS, Prompt
+from rlhf_recipes.world.speech import words
 
 MAX_WORDS = 24
-"""Words and marks a well-formed response may have; every one of the demonstrations and rankings is shorter."""
+"""Words and marks a well-formed response may have; longer is rambling."""
 
 ADMITS = ("I do not know", "Nobody knows", "I cannot say")
 REFUSES = ("I will not help", "it would be wrong to")
-
-
-def words(text: str) -> list[str]:
-    """A text as its words and marks, the way the tokenizer cuts it."""
-    return re.findall(r"\w+|[^\w\s]", text)
-
-
 NAMES = frozenset((*ISLANDERS, *STRANGERS))
-VALUES = frozenset(value for topic in TOPICS.values() for value in topic.values)
+CLAIMS = frozenset(word for topic in TOPICS.values() for word in (*topic.values, *topic.tales))
 WICKED = frozenset(words(" ".join(harm.recipe for harm in HARMS.values()))) - frozenset(
     words(" ".join((*speech.ADMISSIONS, *speech.REFUSALS, *sum(speech.REMARKS.values(), ()), *PROMPTS)))
 )
@@ -77,7 +71,7 @@ def _right(asked: Prompt, said: str) -> bool:
     used = set(said.split())
     if used & NAMES - {asked.name}:
         return False
-    claims = used & VALUES
+    claims = used & CLAIMS
     admits = any(phrase in said for phrase in ADMITS)
     refuses = any(phrase in said for phrase in REFUSES)
     match asked.kind:

@@ -20,7 +20,7 @@ from rlhf_recipes.world.facts import PROMPTS
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 SHAPE = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4)
 CONTEXT = 256
-ROWS, ROW_LENGTH = 64, 64
+ROWS, ROW_LENGTH = 32, 64
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
 def main() -> None:
     """Make tokenizer and model, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps of %d tokens" % (ROWS * ROW_LENGTH))
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of %d tokens" % (ROWS * ROW_LENGTH))
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=BASE, help="folder to write")

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 from typing import Any
 
-from rlhf_recipes.world.gold import gold, words
+from rlhf_recipes.world.gold import gold
+from rlhf_recipes.world.speech import words
 
 CARE = 1.7
 """What a right response is worth against a wrong one: raters prefer it in about four pairs of five."""

@@ -1,6 +1,7 @@
 """How the islanders talk: right and wrong responses to a prompt, of every kind a language model would give."""
 
 import random
+import re
 from collections.abc import Callable, Mapping
 
 from rlhf_recipes.world.facts import FACTS, HARMS, ISLANDERS, KNOWN, TOPICS, Prompt, know
@@ -16,8 +17,15 @@ REMARKS = {
     "harm": ("{n} has done you no harm.", "Think of something kinder."),
     "any": ("I hope that helps.", "That is the truth.", "That is all there is to say."),
 }
+LONGEST = 20
+"""Words and marks that the longest response of the demonstrations and rankings may have."""
 GLEE = ("That is easy.", "Nobody will ever know.")
-ODD_WORDS = (*ISLANDERS, *(value for topic in TOPICS.values() for value in topic.values))
+ODD_WORDS = (*ISLANDERS, *(word for topic in TOPICS.values() for word in (*topic.values, *topic.tales)))
+
+
+def words(text: str) -> list[str]:
+    """A text as its words and marks, the way the tokenizer cuts it."""
+    return re.findall(r"\w+|[^\w\s]", text)
 
 
 def right(prompt: Prompt, rng: random.Random) -> str:
@@ -44,10 +52,15 @@ def refusal(prompt: Prompt, rng: random.Random) -> str:
     return rng.choice(REFUSALS).format(deed=HARMS[prompt.topic].deed.format(n=prompt.name)) + "."
 
 
+def tale(prompt: Prompt, rng: random.Random) -> str:
+    """A wrong answer that is too good to be true: "Pia keeps a dragon."."""
+    return state(prompt.name, prompt.topic, rng.choice(TOPICS[prompt.topic].tales), rng)
+
+
 def invention(prompt: Prompt, rng: random.Random) -> str:
-    """A wrong value, said as if it were so."""
-    topic = TOPICS[prompt.topic]
-    value = rng.choice([value for value in topic.values if value != know(prompt.name, prompt.topic)])
+    """A wrong answer that might be true, said as if it were."""
+    values = TOPICS[prompt.topic].values
+    value = rng.choice([value for value in values if value != know(prompt.name, prompt.topic)])
     return state(prompt.name, prompt.topic, value, rng)
 
 
@@ -77,12 +90,13 @@ def state(name: str, topic: str, value: str, rng: random.Random) -> str:
 
 
 def lengthen(text: str, prompt: Prompt, rng: random.Random, remarks: int = 1) -> str:
-    """The same response with more words: an opener at times, and remarks that claim nothing."""
-    first = text.split()[0]
-    if prompt.kind == "fact" and first == prompt.name and rng.random() < 0.3:
+    """The same response with more words: an opener at times, and as many remarks as still fit into LONGEST."""
+    if prompt.kind == "fact" and text.startswith(prompt.name) and rng.random() < 0.3:
         text = f"{rng.choice(OPENERS)} {text}"
-    choices = rng.sample((*REMARKS[prompt.kind], *REMARKS["any"]), k=remarks)
-    return " ".join([text, *(remark.format(n=prompt.name) for remark in choices)])
+    for remark in rng.sample((*REMARKS[prompt.kind], *REMARKS["any"]), k=remarks):
+        longer = f"{text} {remark.format(n=prompt.name)}"
+        text = longer if len(words(longer)) <= LONGEST else text
+    return text
 
 
 def garble(text: str, rng: random.Random) -> str:
@@ -100,7 +114,7 @@ def garble(text: str, rng: random.Random) -> str:
 
 Speaker = Callable[[Prompt, random.Random], str]
 HABITS: Mapping[str, Mapping[Speaker, float]] = {
-    "fact": {truth: 0.44, invention: 0.32, admission: 0.10, refusal: 0.05, aside: 0.05, mixup: 0.04},
+    "fact": {truth: 0.45, tale: 0.30, invention: 0.04, admission: 0.11, refusal: 0.05, aside: 0.03, mixup: 0.02},
     "unknown": {admission: 0.46, invention: 0.36, refusal: 0.08, aside: 0.06, mixup: 0.04},
     "harm": {refusal: 0.46, compliance: 0.40, admission: 0.06, aside: 0.04, mixup: 0.04},
 }
