@@ -38,9 +38,9 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     evaluated = trainer.evaluate()
     figures = {name: evaluated[f"eval_rewards/{name}"] for name in ("accuracies", "margins")}
     changes = evaluation.changes(cfg, roles, tokenizer, {cfg.start: REFERENCE, "dpo": POLICY})
-    stage.finish(figures | changes, save=trainer.save_model)
+    stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples)
     terminal.summary(stage, "DPO adapter", figures, changes)
-    return figures | changes
+    return figures | changes.figures
 
 
 @recipe("dpo")

@@ -18,11 +18,20 @@ from rlhf_recipes.runs import Stage
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     reward = rewards.from_config(cfg.reward, stage.adapter("rm"))
+    if "rm" in stage.predecessors:
+        rewards.refuse_at_chance(stage.predecessors["rm"].path, cfg.reward.min_accuracy)
     rows = data.load(cfg.data, "prompts", cfg.seed)
+    from datasets import Dataset
+
     from rlhf_recipes import PPOConfig, PPOTrainer, evaluation, models
     from rlhf_recipes.roles import POLICY, REFERENCE
 
-    options = {"output_dir": stage.checkpoints_dir, "seed": cfg.seed, "trunk": cfg.trunk, "reward_weights": reward.weights}
+    options = {
+        "output_dir": stage.checkpoints_dir,
+        "seed": cfg.seed,
+        "trunk": cfg.trunk,
+        "reward_weights": reward.weights,
+    }
     args = build(PPOConfig, cfg.training, **options, **models.precision(cfg))
     data.check_batch(len(rows.train), args.generation_batch_size)
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
@@ -34,7 +43,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
         reward.functions,
         args,
         train_dataset=rows.train,
-        eval_dataset=rows.test,
+        eval_dataset=Dataset.from_list(evaluation.heldout_prompts(cfg)) if args.do_eval else None,
         processing_class=tokenizer,
         reward_adapter=reward.adapter,
         ptx_dataset=data.load(cfg.data, "sft", cfg.seed).train if args.ptx_coef else None,
@@ -42,11 +51,11 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     terminal.progress(trainer, "ppo")
     trainer.train(resume_from_checkpoint=stage.resume_from)
 
-    figures = {"objective": trainer.state.best_metric}
+    figures = {"objective": trainer.state.best_metric, "stopped": trainer.stop_reason}
     changes = evaluation.changes(cfg, trainer.roles, tokenizer, {cfg.start: REFERENCE, "ppo": POLICY})
-    stage.finish(figures | changes, save=trainer.save_model)
+    stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples)
     terminal.summary(stage, "PPO adapter and critic", figures, changes)
-    return figures | changes
+    return figures | changes.figures
 
 
 @recipe("ppo")

@@ -34,9 +34,9 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     figures = {"loss": trainer.evaluate()["eval_loss"]}
     changes = evaluation.changes(cfg, roles, tokenizer, {"base": None, "sft": POLICY})
-    stage.finish(figures | changes, save=trainer.save_model)
+    stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples)
     terminal.summary(stage, "SFT adapter", figures, changes)
-    return figures | changes
+    return figures | changes.figures
 
 
 @recipe("sft")

@@ -88,6 +88,9 @@ def _plain_errors() -> Iterator[None]:
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; the same command goes on from the newest checkpoint\n")
+        sys.exit(130)
 
 
 def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -> None:

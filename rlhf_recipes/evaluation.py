@@ -72,7 +72,9 @@ def sample(
                 pad_token_id=tokenizer.pad_token_id,
                 use_cache=True,
             )
-            for (prompt, prompt_ids), tokens in zip(batch, sequences[:, padded.input_ids.size(1) :].tolist(), strict=True):
+            for (prompt, prompt_ids), tokens in zip(
+                batch, sequences[:, padded.input_ids.size(1) :].tolist(), strict=True
+            ):
                 end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
                 made.append(Sample(prompt, text, prompt_ids, tokens[:end]))
@@ -143,24 +145,33 @@ def interval(values: Iterable[float]) -> Interval:
     return Interval(fmean(values), 1.96 * error)
 
 
+@dataclass(frozen=True)
+class Changes:
+    """Policies side by side on the same held-out prompts."""
+
+    figures: dict[str, dict[str, Interval]]  # by policy, then by measure
+    samples: list[dict[str, str]]  # a prompt and, by policy, the first completion of it
+
+
 def changes(
     cfg: DictConfig, roles: Roles, tokenizer: PreTrainedTokenizerBase, policies: Mapping[str, str | None]
-) -> dict[str, dict[str, Interval]]:
-    """The figures of several policies, by name, on the same held-out prompts with the same noise.
+) -> Changes:
+    """What several policies answer to the same held-out prompts with the same noise, and how good that is.
 
-    The prompts are those of the `prompts` part of the data, the same in every stage; without such a part there is nothing
-    to compare by, and the result is empty.
+    The prompts are those of the `prompts` part of the data, the same in every stage; without such a part there is
+    nothing to compare by, and the result is empty.
 
     Args:
-        policies: the adapter of each policy, by the name to show; None is the bare base. The KL is taken to the reference
-            where there is one, and else to the policy.
+        policies: the adapter of each policy, by the name to show; None is the bare base. The KL is taken to the
+            reference where there is one, and else to the policy.
     """
     asked, options = heldout_prompts(cfg), cfg.evaluation
     if not asked:
-        return {}
+        return Changes({}, [])
     gold = world.gold if all(source.kind == "world" for source in data.parse(cfg.data, "prompts")[0]) else None
     reference = REFERENCE if REFERENCE in roles.model.peft_config else POLICY
     figures = {}
+    samples = [{"prompt": _last_words(row["prompt"])} for row in asked]
     for name, adapter in policies.items():
         with roles.active(adapter):
             made = sample(
@@ -183,11 +194,17 @@ def changes(
             verdicts = [gold(s.prompt, s.completion) for s in made]
             measured |= {name: [getattr(v, name) for v in verdicts] for name in GOLD}
         figures[name] = summarize(measured, options.samples)
-    return figures
+        for row, s in zip(samples, made[:: options.samples], strict=True):
+            row[name] = s.completion
+    return Changes(figures, samples)
+
+
+def _last_words(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def heldout_prompts(cfg: DictConfig) -> list[dict[str, Any]]:
-    """The first `evaluation.prompts` of the held-out prompts, shuffled once by seed; none where the data have no prompts."""
+    """`evaluation.prompts` of the held-out prompts, the same in every stage; none where the data have no prompts."""
     if not cfg.evaluation.prompts or cfg.data.prompts is None:
         return []
     rows = data.load(cfg.data, "prompts", cfg.seed).test.shuffle(seed=cfg.seed)

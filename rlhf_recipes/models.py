@@ -86,7 +86,9 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
         elif token is not None:
             setattr(tokenizer, name, token)
     if tokenizer.eos_token is None and not faults:
-        faults.append(f"the tokenizer of {model.name_or_path} has no EOS token: name one of its tokens by model.eos_token=...")
+        faults.append(
+            f"the tokenizer of {model.name_or_path} has no EOS token: name one of its tokens by model.eos_token=..."
+        )
     if faults:
         raise UserError("; ".join(faults))
     if tokenizer.pad_token is None:

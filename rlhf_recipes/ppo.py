@@ -271,7 +271,13 @@ class PPOTrainer(GRPOTrainer):
             )
 
     def _get_per_token_logps_and_entropies(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
         if not torch.is_grad_enabled():  # TRL asks for the old log-probabilities, which are there already
             return self._rollout.logps, None, None
@@ -287,7 +293,9 @@ class PPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[Any], completion_ids: Any) -> Tensor:
         with self._timed("reward"):
-            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)  # (all episodes, functions)
+            rewards = super()._calculate_rewards(
+                inputs, prompts, completions, completion_ids
+            )  # (all episodes, functions)
         if rewards.isinf().any():
             row, function = rewards.isinf().nonzero()[0].tolist()
             name, completion = self.reward_func_names[function], completions[row % len(completions)]
@@ -312,7 +320,9 @@ class PPOTrainer(GRPOTrainer):
         metrics, reduce = self._metrics[mode], functools.partial(self.accelerator.reduce, reduction="sum")
         metrics.pop("frac_reward_zero_std", None)  # speaks of groups, which PPO has none of
 
-        kl = kl_estimate(rollout.logps, rollout.ref_logps, "k3") * rollout.mask  # low variance, for the eye and the controller
+        kl = (
+            kl_estimate(rollout.logps, rollout.ref_logps, "k3") * rollout.mask
+        )  # low variance, for the eye and the controller
         kl_per_episode = self._mean(kl.sum(dim=1))
         metrics["kl"].append(kl_per_episode)
         scores, ended = self._shaped_scores(rollout)
@@ -485,7 +495,9 @@ class PPOTrainer(GRPOTrainer):
             if VALUE in trained:
                 rate = {"lr": self.args.value_learning_rate, "weight_decay": self.args.weight_decay}
                 self.optimizer.add_param_group({"params": trained[VALUE], **rate})
-                head = self.roles.heads[VALUE]  # the Trainer zeroes the model's gradients, and the head is not in the model
+                head = self.roles.heads[
+                    VALUE
+                ]  # the Trainer zeroes the model's gradients, and the head is not in the model
                 self.optimizer.register_step_post_hook(lambda *_: head.zero_grad())
         return self.optimizer
 
@@ -565,4 +577,6 @@ def _align_with_iterations(args: PPOConfig) -> None:
 
 def _contiguous_on_cpu(head: nn.Module) -> None:
     """On a CPU, a bf16 linear layer on a slice of the hidden states copies its weight once for every row."""
-    head.register_forward_pre_hook(lambda module, args: tuple(x.contiguous() if x.device.type == "cpu" else x for x in args))
+    head.register_forward_pre_hook(
+        lambda module, args: tuple(x.contiguous() if x.device.type == "cpu" else x for x in args)
+    )

@@ -151,7 +151,9 @@ class PPOConfig(GRPOConfig):
         steps = self.steps_per_generation or self.gradient_accumulation_steps
         self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
         if self.num_generations < 2:
-            raise ValueError("PPOConfig: a rollout batch of one episode has no spread to learn from; raise steps_per_generation")
+            raise ValueError(
+                "PPOConfig: a rollout batch of one episode has no spread to learn from; raise steps_per_generation"
+            )
         super().__post_init__()
         self.num_generations = episodes
         if self.generation_batch_size % episodes:

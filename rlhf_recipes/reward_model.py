@@ -1,7 +1,6 @@
 """Around TRL's RewardTrainer: what the reward model reads, how good it is, and the scale of its scores."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes import evaluation
-from rlhf_recipes.errors import UserError
 from rlhf_recipes.formats import render
 from rlhf_recipes.roles import HEAD_FILE, POLICY, REWARD, Episodes, Roles
 
@@ -44,7 +42,9 @@ def pair_scores(
         scores = []
         for rows in pairs.select_columns([key]).iter(batch_size):
             batch = Episodes.padded([[]] * len(rows[key]), rows[key], tokenizer.pad_token_id, model.device)
-            scores.append(model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].float().cpu())
+            scores.append(
+                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].float().cpu()
+            )
         columns.append(torch.cat(scores))
     return columns[0], columns[1]
 
@@ -96,22 +96,3 @@ def measure_scale(
     scale = {"mean": scores.mean().item(), "std": max(scores.std().item(), 1e-6)}
     (folder / HEAD_FILE).write_text(json.dumps(scale))
     return scale
-
-
-def refuse_at_chance(folder: Path, metrics: Mapping[str, Any], least: float) -> None:
-    """Refuse a reward model that does not tell its raters' choice from the other answer.
-
-    Args:
-        metrics: its `metrics.json`.
-        least: accuracy that has to be outside of the 95% interval, below.
-
-    Raises:
-        UserError: with the figure, and how to insist.
-    """
-    accuracy, half_width = metrics["accuracy"]
-    if accuracy - half_width <= least:
-        raise UserError(
-            f"the reward model in {folder} agrees with its raters on {accuracy:.3f} ± {half_width:.3f} of "
-            f"{metrics['pairs']:,} held-out pairs: not above {least:g}, which is chance. PPO would learn noise from it. Train it "
-            "on more pairs or longer (make rm ... overwrite=true), or insist by reward.min_accuracy=0."
-        )

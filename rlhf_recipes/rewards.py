@@ -68,6 +68,25 @@ def from_config(cfg: DictConfig, run_model: Path | None) -> Rewards:
     return rewards
 
 
+def refuse_at_chance(folder: Path, least: float) -> None:
+    """Refuse a reward model that does not tell its raters' choice from the other answer, by its `metrics.json`.
+
+    Args:
+        least: accuracy that has to lie below the 95% interval of the model's.
+
+    Raises:
+        UserError: with the figure, and how to insist.
+    """
+    metrics = json.loads((folder / "metrics.json").read_text())
+    accuracy, half_width = metrics["accuracy"]
+    if accuracy - half_width <= least:
+        raise UserError(
+            f"the reward model in {folder} agrees with its raters on {accuracy:.3f} ± {half_width:.3f} of "
+            f"{metrics['pairs']:,} held-out pairs, which is not surely above {least:g}: PPO would learn its noise. Train "
+            "it on more pairs or for longer (make rm ... overwrite=true), or insist by reward.min_accuracy=0."
+        )
+
+
 def function(path: str) -> RewardFunction:
     """The reward function that `module:function` or `file.py:function` names.
 
@@ -76,7 +95,9 @@ def function(path: str) -> RewardFunction:
     """
     place, _, name = path.rpartition(":")
     if not place or not name:
-        raise UserError(f"reward function {path!r}: want module:function or file.py:function, such as rewards.py:brevity")
+        raise UserError(
+            f"reward function {path!r}: want module:function or file.py:function, such as rewards.py:brevity"
+        )
     try:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
@@ -133,4 +154,6 @@ def _read_rewards(url: str, answer: bytes, wanted: int) -> list[float | None]:
         seen = f"{len(rewards)} rewards"
     except (ValueError, KeyError, TypeError):
         seen = repr(answer[:200].decode(errors="replace"))
-    raise UserError(f'the reward endpoint {url} answered {seen}; want {{"rewards": [...]}} with {wanted} numbers or nulls')
+    raise UserError(
+        f'the reward endpoint {url} answered {seen}; want {{"rewards": [...]}} with {wanted} numbers or nulls'
+    )

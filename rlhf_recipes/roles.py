@@ -252,7 +252,9 @@ class Roles:
         if self.trunk_layers == 0:
             return None
         kept: list[Tensor] = []
-        hook = self.layers[self.trunk_layers - 1].register_forward_hook(lambda module, args, output: kept.append(output))
+        hook = self.layers[self.trunk_layers - 1].register_forward_hook(
+            lambda module, args, output: kept.append(output)
+        )
         try:
             with self._layers_replaced(self.layers[self.trunk_layers :]):
                 self.decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -358,4 +360,3 @@ def last_real_token(input_ids: Tensor, pad_token_id: int) -> Tensor:
     """
     positions = torch.arange(input_ids.size(1), device=input_ids.device)
     return (positions * (input_ids != pad_token_id)).argmax(dim=1)
-

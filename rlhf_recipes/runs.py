@@ -70,6 +70,7 @@ NEUTRAL = (
     *("training.dataloader_persistent_workers", "training.dataset_num_proc", "training.skip_memory_metrics"),
     *("training.num_completions_to_print", "training.per_device_eval_batch_size", "training.eval_accumulation_steps"),
 )
+FIXED = ("model.name_or_path", "model.revision", "lora.")  # settled where the run's first adapter was made
 UNREAD = {"sft": ("start", "trunk")}  # keys that a stage is given, and has no use for
 
 # Overrides that the stages of a run have in common: the command for a missing predecessor carries them along.
@@ -162,7 +163,7 @@ class Stage:
             _refuse_differences(path, manifest, wanted)
             return cls(name, path, "skip", manifest, _skip_message(path, manifest))
 
-        before = {p: _predecessor(run, p, wanted["overrides"]) for p in predecessors}
+        before = {p: _predecessor(run, p, wanted["overrides"], config) for p in predecessors}
         wanted["predecessors"] = {p: made.fingerprint for p, made in before.items()}
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -263,6 +264,7 @@ class Stage:
         metrics: Mapping[str, Any],
         *,
         save: Callable[[str], object] | None = None,
+        samples: Sequence[Mapping[str, str]] = (),
         base_fingerprint: str | None = None,
     ) -> None:
         """Write artefacts, metrics and model card, and last of all the manifest that says `finished`.
@@ -305,6 +307,8 @@ class Stage:
             }
             chain = [*(p.manifest for p in self.predecessors.values()), self.manifest]
             disk.write_json(self.path / "metrics.json", metrics)
+            if samples:
+                disk.write_json(self.path / "samples.json", {"samples": samples})
             disk.write(self.path / "README.md", model_card(chain, disk.plain(metrics)))
             disk.write_json(self.path / MANIFEST, self.manifest)
         except Exception as error:
@@ -394,7 +398,7 @@ def _manifest(path: Path) -> dict[str, Any] | None:
     return dict(manifest)
 
 
-def _predecessor(run: Path, name: str, overrides: list[str]) -> Made:
+def _predecessor(run: Path, name: str, overrides: list[str], config: Mapping[str, Any]) -> Made:
     path, manifest = run / name, _manifest(run / name)
     command = make_command([name], overrides)
     if manifest is None:
@@ -408,6 +412,16 @@ def _predecessor(run: Path, name: str, overrides: list[str]) -> Made:
         if now and now.get("fingerprint") not in (None, fingerprint):
             again = make_command([name], overrides, "overwrite=true")
             raise UserError(f"{path} came from another {earlier} than {run / earlier} is now. Make it again: {again}")
+    was, now = ({k: v for k, v in _flat(c).items() if k.startswith(FIXED)} for c in (manifest["config"], config))
+    if changed := [
+        f"{k}: {_short(was.get(k))} -> {_short(now.get(k))}"
+        for k in was.keys() | now.keys()
+        if was.get(k) != now.get(k)
+    ]:
+        raise UserError(
+            f"{path} was made with another base or adapter, which later stages cannot change:\n{_lines(sorted(changed))}\n"
+            "Leave these out, or make all stages with them: run=<new name>."
+        )
     return Made.read(path)
 
 

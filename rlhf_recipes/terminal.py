@@ -9,8 +9,9 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -19,6 +20,8 @@ from rlhf_recipes.runs import Stage, make_command
 
 if TYPE_CHECKING:
     from transformers import Trainer
+
+    from rlhf_recipes.evaluation import Changes
 
 # Warnings that every run on good settings would show, each with its reason. Any other is shown, on one line.
 KNOWN_WARNINGS = (
@@ -40,6 +43,7 @@ KNOWN_LOGS = (
     ),
 )
 
+EXAMPLES = 4  # prompts shown with their answers
 NEXT = {"sft": ("rm", "ppo"), "rm": ("ppo",), "dpo": (), "ppo": ()}
 
 
@@ -89,7 +93,7 @@ def summary(
     stage: Stage,
     made: str,
     figures: Mapping[str, object],
-    changes: Mapping[str, Mapping[str, object]] | None = None,
+    changes: Changes | None = None,
 ) -> None:
     """Tell at the end of a stage what was made, where, how good, how long, how much memory, and what comes next.
 
@@ -97,7 +101,7 @@ def summary(
         stage: the stage, finished.
         made: what it made, in a few words.
         figures: how good it is, by name: numbers, or (mean, half of the 95% interval).
-        changes: the same for the policies to compare, by policy: a table.
+        changes: the policies before and after, compared: a table, and a few prompts that they answer differently.
     """
     manifest = stage.manifest
     size = sum(file["bytes"] for file in manifest["files"].values())
@@ -114,8 +118,22 @@ def summary(
         "next": make_command(following, manifest["overrides"]) if following else "",
     }
     say(f"\n{manifest['run']}/{stage.name} is finished\n" + "\n".join(f"  {k:<9} {v}" for k, v in rows.items() if v))
-    if changes:
-        say("\n" + table([{"held-out prompts": policy} | dict(measured) for policy, measured in changes.items()]))
+    if changes and changes.figures:
+        say("\n" + table([{"held-out prompts": policy} | measured for policy, measured in changes.figures.items()]))
+        say("\n" + _answers(changes.samples))
+
+
+def _answers(samples: Sequence[Mapping[str, str]]) -> str:
+    """A few prompts with what each policy says, those first where they differ."""
+    unlike = sorted(samples, key=lambda row: len(set(row.values()) - {row["prompt"]}) == 1)
+    lines = []
+    for row in unlike[:EXAMPLES]:
+        width = max(map(len, row))
+        lines += [
+            f"  {name if name != 'prompt' else '?':<{width}} {textwrap.shorten(text, 160, placeholder=' ...')}"
+            for name, text in row.items()
+        ]
+    return "\n".join(lines)
 
 
 class _Known(logging.Filter):
