@@ -3,8 +3,9 @@
     make sft dpo
     make dpo ARGS="run=mine model=qwen2.5-0.5b" DPO_ARGS="training.beta=0.2 training.loss_type=[ipo]"
 
-The reference is a frozen copy of the SFT adapter on the same base; the lower layers (`trunk`) stay as SFT left them. TRL's
-DPOTrainer, with every loss and option of its own. `training.precompute_ref_log_probs=true` computes the reference once.
+The reference is a frozen copy of the SFT adapter on the same base; the lower layers (`trunk`) stay as SFT left them.
+TRL's DPOTrainer, with every loss and option of its own; `training.precompute_ref_log_probs=true` computes the
+reference once.
 """
 
 from omegaconf import DictConfig

@@ -4,8 +4,8 @@
     make ppo ARGS="run=mine model=qwen2.5-0.5b" PPO_ARGS="training.beta=0.1 training.kl_target=6"
     make ppo PPO_ARGS="reward=function 'reward.functions=[rewards.py:brevity]'"
 
-Policy, reference, reward and value are adapters on one base, over one trunk (rlhf_recipes/roles.py). An iteration is one
-rollout batch; `training.max_steps` counts optimizer steps.
+Policy, reference, reward and value are adapters on one base, over one trunk (rlhf_recipes/roles.py). An iteration is
+one rollout batch; `training.max_steps` counts optimizer steps.
 """
 
 from omegaconf import DictConfig

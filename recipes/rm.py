@@ -1,9 +1,9 @@
 """Reward model: a LoRA adapter with a scalar head that scores answers as the raters rank them.
 
     make sft rm
-    make rm ARGS="run=mine model=qwen2.5-0.5b" RM_ARGS="training.learning_rate=5e-5 training.center_rewards_coefficient=0"
+    make rm ARGS="run=mine model=qwen2.5-0.5b" RM_ARGS="training.learning_rate=5e-5"
 
-It starts from the SFT adapter, whose lower layers (`trunk`) stay as they are, so that PPO can share them; trained by TRL's
+It starts from the SFT adapter, whose lower layers (`trunk`) stay as they are, so that PPO can share them. TRL's
 RewardTrainer: Bradley-Terry, with margins where the data have them.
 """
 

@@ -1,7 +1,7 @@
 """The arithmetic of PPO as pure functions on tensors: KL penalty, rewards per token, GAE, whitening, value loss.
 
-Notation in every docstring: `b` sequences in a batch, `t` tokens of a completion, padded on the right. A `mask` (b, t) is
-True at the completion's own tokens, EOS included. Log-probabilities, rewards, values and masks agree on the index:
+Notation in every docstring: `b` sequences in a batch, `t` tokens of a completion, padded on the right. A `mask` (b, t)
+is True at the completion's own tokens, EOS included. Log-probabilities, rewards, values and masks agree on the index:
 position `i` speaks of the i-th completion token, and its value is that of the state *before* the token.
 """
 
@@ -48,9 +48,9 @@ def last_token(mask: Tensor) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalized advantage estimates (b, t): A_i = sum over k of (gamma lam)^k (r + gamma V' - V)_{i+k}; 0 outside the mask.
+    """Generalized advantage estimates (b, t): A_i = sum over k of (gamma lam)^k (r + gamma V' - V)_{i+k}.
 
-    Source: Schulman et al. (arXiv 1506.02438), equation 16. The episode ends at the last token, so V after it is 0.
+    0 outside the mask. The episode ends at its last token, so V after it is 0. Source: arXiv 1506.02438, equation 16.
     """
     values = values * mask
     advantages = torch.zeros_like(values)
@@ -81,7 +81,7 @@ def whiten(x: Tensor, mask: Tensor, reduce: Reduce = alone, *, shift_mean: bool 
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = alone) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one that knows only a mean, below 0 a harmful one."""
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 knows only a mean, below 0 does harm."""
     _, variance = masked_moments(returns, mask, reduce)
     _, residual = masked_moments(returns - values, mask, reduce)
     return float(1 - residual / variance.clamp(min=1e-8))

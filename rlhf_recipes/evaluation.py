@@ -54,7 +54,7 @@ def sample(
     model.eval()
     declared = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-    rows = [(row["prompt"], render_prompt(row, tokenizer)) for row in prompts for _ in range(samples)]
+    rows = [(row["prompt"], render_prompt(dict(row), tokenizer)) for row in prompts for _ in range(samples)]
     made = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -123,8 +123,8 @@ def _episodes(roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[S
 def summarize(measured: Mapping[str, Sequence[float | None]], samples: int) -> dict[str, Interval]:
     """The mean of each measure over prompts with its 95% interval, from `samples` values in a row for each prompt.
 
-    Samples of one prompt are not independent, so prompts are what is counted. None is left out: not every measure applies
-    to every prompt. `gold` is the mean of its components, however many prompts of each kind there are.
+    Samples of one prompt are not independent, so prompts are what is counted. None is left out: not every measure
+    applies to every prompt. `gold` is the mean of its components, however many prompts of each kind there are.
     """
     figures = {}
     for name, values in measured.items():

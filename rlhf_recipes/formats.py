@@ -154,8 +154,8 @@ def render(
 ) -> tuple[list[int], list[int]]:
     """Token ids of prompt and completion as a rollout has them: (prompt_ids, completion_ids).
 
-    The completion is tokenized on its own, up to the last EOS that the chat template writes, and one EOS at the end. What
-    a template puts after EOS (ChatML: a newline) is left out, since no rollout contains it.
+    The completion is tokenized on its own, up to the last EOS that the chat template writes, and one EOS at the end.
+    What a template puts after EOS (ChatML: a newline) is left out, since no rollout contains it.
 
     Args:
         completion: the column that holds it: `completion`, `chosen` or `rejected`.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
@@ -108,7 +108,7 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
 
 
 def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
-    """The base model, quantized as the config says, frozen; with `classifier`, with a scalar head in place of the LM head."""
+    """The base model, quantized as the config says, frozen; a `classifier` has a scalar head for the LM head."""
     common: dict[str, Any] = {
         "revision": cfg.model.revision,
         "trust_remote_code": cfg.model.trust_remote_code,
@@ -116,9 +116,8 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(source(cfg.model), **common)
     if cfg.model.attn_implementation is not None:
         common["attn_implementation"] = cfg.model.attn_implementation
-    quantization = OmegaConf.to_container(cfg.quantization)
-    if quantization:
-        compute = {"bnb_4bit_compute_dtype": dtype(cfg.model)} if quantization.get("load_in_4bit") else {}
+    if cfg.quantization:
+        compute = {"bnb_4bit_compute_dtype": dtype(cfg.model)} if cfg.quantization.get("load_in_4bit") else {}
         common["quantization_config"] = build(BitsAndBytesConfig, cfg.quantization, **compute)
         common["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
@@ -144,7 +143,7 @@ def load_policy(cfg: DictConfig, adapter: Path | None) -> PeftModel:
 
 
 def new_adapter(base: PreTrainedModel, cfg: DictConfig) -> PeftModel:
-    """A LoRA adapter as the config says. The same seed gives the same tensors in every stage, so that they can be shared."""
+    """A LoRA adapter as the config says. Equal seeds give equal tensors in every stage, so that they can be shared."""
     set_seed(cfg.seed)
     return get_peft_model(base, build(LoraConfig, cfg.lora, task_type="CAUSAL_LM"))
 
@@ -155,10 +154,7 @@ def load_reward_model(cfg: DictConfig, adapter: Path | None) -> PeftModel:
     PEFT refuses to load a causal LM's adapter on a classifier, so the tensors are put in by hand.
     """
     base = load_base(cfg, classifier=True)
-    if adapter is None:
-        config = build(LoraConfig, cfg.lora)
-    else:
-        config = LoraConfig.from_pretrained(adapter)
+    config = build(LoraConfig, cfg.lora) if adapter is None else LoraConfig.from_pretrained(adapter)
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
     set_seed(cfg.seed)
     model = get_peft_model(base, config)
@@ -179,7 +175,7 @@ def thaw(model: PeftModel, trunk: float) -> Roles:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """What identifies a base whatever its dtype and quantization: its shape, and the signs of some of its embeddings."""
+    """What identifies a base whatever its dtype and quantization: its shape, and the signs of some embeddings."""
     config = model.config.get_text_config()
     shape = [config.model_type, config.hidden_size, config.num_hidden_layers, config.vocab_size]
     embeddings = model.get_input_embeddings().weight.detach()

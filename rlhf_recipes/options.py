@@ -98,7 +98,7 @@ class Reward:
     )
     min_accuracy: float = field(
         default=0.5,
-        metadata={"help": "Refuse the run's reward model unless its held-out accuracy is surely above this. 0 insists."},
+        metadata={"help": "Refuse the run's reward model unless its accuracy is surely above this. 0 insists."},
     )
 
 

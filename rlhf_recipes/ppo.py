@@ -1,7 +1,7 @@
 """PPO with a learned critic as a thin subclass of TRL's GRPOTrainer, for one base model that holds all four roles.
 
-TRL generates, calls the reward functions, clips the policy's ratio, checkpoints and logs. What is added here: the KL penalty
-in the reward, the critic and its advantages, the reward and value adapters, and the trunk that all roles share.
+TRL generates, calls the reward functions, clips the policy's ratio, checkpoints and logs. What is added here: the KL
+penalty in the reward, the critic and its advantages, the reward and value adapters, and the trunk that all roles share.
 """
 
 import functools
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -74,7 +74,7 @@ class PPOTrainer(GRPOTrainer):
     Args:
         model: a PEFT model whose adapter `default` is the policy (the reference is a frozen copy of it), or a model or
             model id together with `peft_config` (the reference is the model itself).
-        reward_funcs: TRL's: functions, model ids or sequence classifiers. May be left out where there is a `reward_adapter`.
+        reward_funcs: TRL's: functions, model ids or sequence classifiers. Not needed where there is a `reward_adapter`.
         args: a `PPOConfig`.
         reward_adapter: folder of a reward model trained as a LoRA adapter with a `score` head on this base. In
             `reward_weights` it comes first.
@@ -84,9 +84,11 @@ class PPOTrainer(GRPOTrainer):
         UserError: no adapter to train, an adapter that does not fit, or a combination that cannot work.
     """
 
-    _tag_names = ["trl", "ppo"]
+    _tag_names: ClassVar = ["trl", "ppo"]
     _name = "PPO"
-    _paper = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
+    _paper: ClassVar = {"title": "Proximal Policy Optimization Algorithms", "id": "1707.06347"}
+
+    _rollout: Rollout  # the episodes being scored; there is none while training on a rollout batch
 
     def __init__(
         self,
@@ -105,7 +107,8 @@ class PPOTrainer(GRPOTrainer):
         args = args or PPOConfig("ppo")
         if not isinstance(model, PeftModel) and peft_config is None:
             raise UserError(
-                "PPOTrainer trains adapters: pass a PeftModel, or a `peft_config` such as LoraConfig(target_modules='all-linear')"
+                "PPOTrainer trains adapters: pass a PeftModel, or a `peft_config` such as "
+                "LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM')"
             )
         if args.use_vllm and getattr(model, "quantization_method", None) is not None:
             raise UserError("use_vllm=True cannot sample from a quantized base: vLLM would be sent its packed weights")
@@ -133,8 +136,8 @@ class PPOTrainer(GRPOTrainer):
         args.beta = beta
         if args.top_p < 1 or args.top_k > 0 or args.min_p:
             logger.warning(
-                "top_p, top_k or min_p cut the distribution that completions are sampled from, but the policy is scored "
-                "without the cut: the ratio is biased"
+                "top_p, top_k or min_p cut the distribution that completions are sampled from, but the policy is "
+                "scored without the cut: the ratio is biased"
             )
         _contiguous_on_cpu(self.model.get_output_embeddings())
         self.roles = self._assign_roles(None if reward_adapter is None else Path(reward_adapter))
@@ -142,8 +145,7 @@ class PPOTrainer(GRPOTrainer):
         self.critic_ready = args.freeze_value or args.value_warmup_max_iterations == 0
         self.warmed_up_iterations = 0
         self.stop_reason: str | None = None
-        self.ptx_dataset = ptx_dataset
-        self._rollout: Rollout | None = None
+        self.ptx_dataset: Any = ptx_dataset
         self._scores: Tensor = torch.empty(0)
         self._logps_now: Tensor | None = None  # of the last policy forward, kept for metrics
         self._pass_kl: list[float] = []  # KL to the generating policy, by micro-batch of the current rollout batch
@@ -174,8 +176,8 @@ class PPOTrainer(GRPOTrainer):
         shared = roles.find_trunk()
         if shared < roles.frozen_layers:
             logger.warning(
-                "%d of %d frozen layers are equal in all adapters and shared; the others differ, since an earlier stage "
-                "trained them (its `trunk` was smaller)",
+                "%d of %d frozen layers are equal in all adapters and shared; the others differ, since an earlier "
+                "stage trained them (its `trunk` was smaller)",
                 shared,
                 roles.frozen_layers,
             )
@@ -201,7 +203,6 @@ class PPOTrainer(GRPOTrainer):
             return completions, None
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        self._rollout = None
         generated = super()._generate(prompts)
         self._rollout = self._rolled_out(prompt_ids=generated[0], completion_ids=generated[1])
         return generated
@@ -293,9 +294,8 @@ class PPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[Any], completion_ids: Any) -> Tensor:
         with self._timed("reward"):
-            rewards = super()._calculate_rewards(
-                inputs, prompts, completions, completion_ids
-            )  # (all episodes, functions)
+            # (episodes of all processes, functions)
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         if rewards.isinf().any():
             row, function = rewards.isinf().nonzero()[0].tolist()
             name, completion = self.reward_func_names[function], completions[row % len(completions)]
@@ -317,54 +317,49 @@ class PPOTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         rollout = self._rollout
         mode = "train" if self.model.training else "eval"
-        metrics, reduce = self._metrics[mode], functools.partial(self.accelerator.reduce, reduction="sum")
+        metrics = self._metrics[mode]
         metrics.pop("frac_reward_zero_std", None)  # speaks of groups, which PPO has none of
 
-        kl = (
-            kl_estimate(rollout.logps, rollout.ref_logps, "k3") * rollout.mask
-        )  # low variance, for the eye and the controller
-        kl_per_episode = self._mean(kl.sum(dim=1))
+        kl = kl_estimate(rollout.logps, rollout.ref_logps, "k3")  # never negative, whatever the penalty is made of
+        kl_per_episode = self._mean((kl * rollout.mask).sum(dim=1))
         metrics["kl"].append(kl_per_episode)
         scores, ended = self._shaped_scores(rollout)
         metrics["eos_share"].append(self._mean(ended.float()))
         if mode == "eval":
             metrics["objective"].append(self._mean(scores) - self.kl.coef * kl_per_episode)
-            self._rollout = None
-            return batch
+        else:
+            batch |= self._advantages(rollout, scores)
+            tokens = self.accelerator.gather(rollout.mask.sum()).sum().item()
+            metrics["tokens_per_second"].append(tokens / (time.perf_counter() - started))
+            self._begin_iteration(kl_per_episode, metrics["explained_variance"][-1])
+        del self._rollout
+        return batch
 
-        with torch.no_grad(), self._timed("score"), self.roles.active(VALUE):
-            values = functools.partial(self._values, completion_length=rollout.completion_length)
-            values = self._in_chunks(rollout, values) * rollout.mask
-        penalty = kl_estimate(rollout.logps, rollout.ref_logps, self.args.kl_estimator)
-        rewards = token_rewards(scores.nan_to_num(nan=0.0), penalty, rollout.mask, self.kl.coef)
-        if self.args.whiten_rewards:
-            rewards = whiten(rewards, rollout.mask, reduce, shift_mean=False)
-        scored = rollout.mask & ~scores.isnan()[:, None]  # an episode that no function could score teaches nothing
-        advantages = gae(rewards, values, rollout.mask, self.args.gamma, self.args.lam)
-        returns = gae(rewards, values, rollout.mask, self.args.gamma, self.args.value_lam) + values
-        returns = torch.where(scored, returns, values)
-        if self.args.whiten_advantages:
+    @torch.no_grad()
+    def _advantages(self, rollout: Rollout, scores: Tensor) -> dict[str, Tensor]:
+        """What training needs of a rollout batch: advantages, returns, old values and log-probabilities, the trunk."""
+        args, mask = self.args, rollout.mask
+        reduce = functools.partial(self.accelerator.reduce, reduction="sum")
+        with self._timed("score"), self.roles.active(VALUE):
+            compute = functools.partial(self._values, completion_length=rollout.completion_length)
+            values = self._in_chunks(rollout, compute) * mask
+        penalty = kl_estimate(rollout.logps, rollout.ref_logps, args.kl_estimator)
+        rewards = token_rewards(scores.nan_to_num(nan=0.0), penalty, mask, self.kl.coef)
+        if args.whiten_rewards:
+            rewards = whiten(rewards, mask, reduce, shift_mean=False)
+        scored = mask & ~scores.isnan()[:, None]  # an episode that no function could score teaches nothing
+        advantages = gae(rewards, values, mask, args.gamma, args.lam) * scored
+        returns = torch.where(scored, gae(rewards, values, mask, args.gamma, args.value_lam) + values, values)
+        if args.whiten_advantages:
             advantages = whiten(advantages, scored, reduce)
 
-        variance_explained = explained_variance(values, returns, scored, reduce)
-        metrics["explained_variance"].append(variance_explained)
+        metrics = self._metrics["train"]
+        metrics["explained_variance"].append(explained_variance(values, returns, scored, reduce))
         metrics["kl_coef"].append(self.kl.coef)
         metrics["reward_with_kl"].append(self._mean(rewards.sum(dim=1)))
-        metrics["tokens_per_second"].append(
-            self.accelerator.gather(rollout.mask.sum()).sum().item() / (time.perf_counter() - started)
-        )
-        self._show_advantages((advantages * rollout.mask).sum(dim=1))
-        self._begin_iteration(kl_per_episode, variance_explained)
-        self._rollout = None
-        batch |= {
-            "advantages": advantages * scored,
-            "old_per_token_logps": rollout.logps,
-            "values": values,
-            "returns": returns,
-        }
-        if rollout.trunk is not None:
-            batch["trunk"] = rollout.trunk
-        return batch
+        self._show_advantages(advantages.sum(dim=1))
+        made = {"advantages": advantages, "returns": returns, "values": values, "old_per_token_logps": rollout.logps}
+        return made if rollout.trunk is None else made | {"trunk": rollout.trunk}
 
     def _shaped_scores(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Scores (b,) after clipping and the penalty for a missing EOS, and which episodes (b,) ended in EOS."""
@@ -386,7 +381,7 @@ class PPOTrainer(GRPOTrainer):
         table.extend(rows)
 
     def _begin_iteration(self, kl_per_episode: float, variance_explained: float) -> None:
-        """With a new rollout batch: stop if the policy ran away, move the KL coefficient, see whether the critic is ready."""
+        """Stop if the policy ran away, move the KL coefficient, and see whether the critic is ready."""
         self._pass_kl, self._stop_passes = [], False
         if self.args.kl_budget is not None and kl_per_episode > self.args.kl_budget:
             self.stop_reason = (
@@ -427,8 +422,8 @@ class PPOTrainer(GRPOTrainer):
             self._note_ratio(inputs)
         if not math.isfinite(loss.item()):
             raise UserError(
-                f"the policy loss became {loss.item()} at step {self.state.global_step}; nothing after the last checkpoint is "
-                "kept. Lower training.learning_rate, or set training.max_grad_norm, and run the command again."
+                f"the policy loss became {loss.item()} at step {self.state.global_step}; nothing after the last "
+                "checkpoint is kept. Lower training.learning_rate or training.max_grad_norm, and run the command again."
             )
         return loss
 
@@ -446,15 +441,17 @@ class PPOTrainer(GRPOTrainer):
         return loss
 
     def _ptx_loss(self, model: nn.Module) -> Tensor:
-        """SFT loss on as many demonstrations as there are episodes in a micro-batch, drawn by step: a resumed run draws
-        the same. Source: InstructGPT (arXiv 2203.02155), equation 2."""
+        """SFT loss on as many demonstrations as a micro-batch has episodes; drawn by step, so a resume draws the same.
+
+        Source: InstructGPT (arXiv 2203.02155), equation 2.
+        """
         size = self.args.per_device_train_batch_size
         accumulation = self.args.gradient_accumulation_steps
         micro_step = self.state.global_step * accumulation + self._step % accumulation
         draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + micro_step)
         rows = torch.randint(len(self.ptx_dataset), (self.accelerator.num_processes, size), generator=draw)
         pairs = [render(self.ptx_dataset[i], self._tokenizer) for i in rows[self.accelerator.process_index].tolist()]
-        prompts, completions = zip(*pairs, strict=True)
+        prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
         batch = Episodes.padded(prompts, completions, self._tokenizer.pad_token_id, self.accelerator.device)
         ids, mask = batch.input_ids, batch.attention_mask
         with self._timed("ptx"):
@@ -487,19 +484,18 @@ class PPOTrainer(GRPOTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """TRL's optimizer for the policy, with one more parameter group for the critic."""
-        if self.optimizer is None:
-            trained = dict(self.roles.trained)
-            self.roles.train(POLICY)
-            super().create_optimizer(model)
-            self.roles.train(*trained)
-            if VALUE in trained:
-                rate = {"lr": self.args.value_learning_rate, "weight_decay": self.args.weight_decay}
-                self.optimizer.add_param_group({"params": trained[VALUE], **rate})
-                head = self.roles.heads[
-                    VALUE
-                ]  # the Trainer zeroes the model's gradients, and the head is not in the model
-                self.optimizer.register_step_post_hook(lambda *_: head.zero_grad())
-        return self.optimizer
+        if self.optimizer is not None:
+            return self.optimizer
+        trained = dict(self.roles.trained)
+        self.roles.train(POLICY)
+        optimizer = super().create_optimizer(model)
+        self.roles.train(*trained)
+        if VALUE in trained:
+            rate = {"lr": self.args.value_learning_rate, "weight_decay": self.args.weight_decay}
+            optimizer.add_param_group({"params": trained[VALUE], **rate})
+            # the Trainer zeroes the gradients of the model, and the head is not in the model
+            optimizer.register_step_post_hook(lambda *_: self.roles.heads[VALUE].zero_grad())
+        return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self.accelerator.clip_grad_norm_(self.roles.trained[POLICY], self.args.max_grad_norm)
@@ -517,7 +513,7 @@ class PPOTrainer(GRPOTrainer):
     # ---- evaluation, checkpoints
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """TRL's evaluation with the same noise each time, and `objective` = reward - beta KL, -inf over the KL budget."""
+        """TRL's evaluation, with equal noise each time; `objective` = reward - beta KL is -inf over the KL budget."""
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
             metrics = super().evaluate(*args, **kwargs)
@@ -567,7 +563,7 @@ class PPOTrainer(GRPOTrainer):
 
 
 def _align_with_iterations(args: PPOConfig) -> None:
-    """Let checkpoints and evaluations fall between iterations: no rollout batch has to be saved, and a resume is exact."""
+    """Let checkpoints and evaluations fall between iterations: no rollout batch has to be saved, resumes are exact."""
     for name, strategy in (("save_steps", args.save_strategy), ("eval_steps", args.eval_strategy)):
         steps, unit = getattr(args, name), args.steps_per_iteration
         if strategy == "steps" and steps is not None and steps >= 1 and steps % unit:

@@ -22,11 +22,11 @@ _REFUSED = {
 @dataclass
 class PPOConfig(GRPOConfig):
     r"""
-    Arguments of [`PPOTrainer`]. An *iteration* is one rollout batch: its episodes are generated and scored, then trained
-    on in `num_iterations` passes. `max_steps` counts optimizer steps, as everywhere in TRL.
+    Arguments of [`PPOTrainer`]. An *iteration* is one rollout batch: its episodes are generated and scored, then
+    trained on in `num_iterations` passes. `max_steps` counts optimizer steps, as everywhere in TRL.
 
-    Fields of GRPOConfig that read differently here: `beta` is the KL coefficient *in the reward*, `num_iterations` is the
-    number of passes over a rollout batch (PPO's epochs), `epsilon` is the clip range of the policy's ratio.
+    Fields of GRPOConfig that read differently here: `beta` is the KL coefficient *in the reward*, `num_iterations` is
+    the number of passes over a rollout batch (PPO's epochs), `epsilon` is the clip range of the policy's ratio.
     """
 
     # GRPOConfig's, with PPO's defaults
@@ -112,8 +112,8 @@ class PPOConfig(GRPOConfig):
     value_init: str = field(
         default="reward",
         metadata={
-            "help": "Where the critic starts: `reward` (copy of the reward adapter and head), `sft` (copy of the policy, "
-            "zero head), or the folder of a saved critic. Without a reward adapter, `reward` is `sft`."
+            "help": "Where the critic starts: `reward` (copy of the reward adapter and head), `sft` (copy of the "
+            "policy, zero head), or the folder of a saved critic. Without a reward adapter, `reward` is `sft`."
         },
     )
     freeze_value: bool = field(
@@ -131,14 +131,14 @@ class PPOConfig(GRPOConfig):
     trunk: float = field(
         default=0.5,
         metadata={
-            "help": "Share of the decoder layers, from the bottom, that stay frozen and are computed once for all roles. "
-            "Higher: faster and smaller; 0 trains all layers."
+            "help": "Share of the decoder layers, from the bottom, that stay frozen and are computed once for all "
+            "roles. Higher: faster and smaller; 0 trains all layers."
         },
     )
     rollout_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Sequences generated at once. Lower: less memory for the cache, slower. None: the whole rollout batch."
+            "help": "Sequences generated at once. Lower: a smaller cache, slower. None: all of the rollout batch."
         },
     )
 
@@ -146,7 +146,8 @@ class PPOConfig(GRPOConfig):
         faults = _faults(self)
         if faults:
             raise ValueError("PPOConfig: " + "; ".join(faults))
-        # GRPOConfig insists on groups of two or more that fill the batch. PPO has none, so it is shown one single group.
+        # GRPOConfig insists on groups of two or more that fill the batch. PPO has none, so it is shown one single
+        # group.
         episodes = self.num_generations
         steps = self.steps_per_generation or self.gradient_accumulation_steps
         self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
@@ -158,15 +159,16 @@ class PPOConfig(GRPOConfig):
         self.num_generations = episodes
         if self.generation_batch_size % episodes:
             raise ValueError(
-                f"PPOConfig: num_generations={episodes} does not divide the rollout batch of {self.generation_batch_size}"
+                f"PPOConfig: num_generations={episodes} does not divide the {self.generation_batch_size} episodes of a "
+                "rollout batch"
             )
         if self.gradient_accumulation_steps > self.steps_per_generation or (
             self.steps_per_generation % self.gradient_accumulation_steps
         ):
             raise ValueError(
-                f"PPOConfig: a rollout batch is {self.steps_per_generation} micro-batches (steps_per_generation), which is no "
-                f"multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}: an optimizer step would mix "
-                "two rollout batches. Set steps_per_generation to a multiple of it."
+                f"PPOConfig: a rollout batch is {self.steps_per_generation} micro-batches (steps_per_generation), no "
+                f"multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}: an optimizer step would "
+                "mix two rollout batches. Set steps_per_generation to a multiple of it."
             )
 
     @property

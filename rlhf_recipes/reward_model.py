@@ -1,6 +1,7 @@
 """Around TRL's RewardTrainer: what the reward model reads, how good it is, and the scale of its scores."""
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ SCALE_PROMPTS = 256
 
 
 def tokenize(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Pairs as RewardTrainer takes them, each answer rendered exactly as a rollout of PPO will be: prompt, completion, EOS.
+    """Pairs as RewardTrainer takes them, each answer rendered as a rollout of PPO will be: prompt, completion, EOS.
 
     TRL's own rendering puts after a ChatML answer the newline of the template, which no rollout ends in.
     """
 
     def ids(row: dict[str, Any]) -> dict[str, list[int]]:
-        return {f"{key}_ids": sum(render(row, tokenizer, key), []) for key in ("chosen", "rejected")}
+        return {f"{key}_ids": list(chain(*render(row, tokenizer, key))) for key in ("chosen", "rejected")}
 
     return pairs.map(ids, desc="Tokenizing pairs")
 
@@ -53,7 +54,8 @@ def agreement(chosen: Tensor, rejected: Tensor, bins: int = 10) -> dict[str, Any
     """How a reward model agrees with its raters, from the scores (n,) of chosen and rejected answers.
 
     Accuracy counts ties as half. The calibration error is the mean distance, over bins of equal width, between how sure
-    the model is (the sigmoid of its margin) and how often it is right; source: Guo et al. (arXiv 1706.04599), equation 3.
+    the model is (the sigmoid of its margin) and how often it is right; source: Guo et al. (arXiv 1706.04599), equation
+    3.
     """
     margin = chosen - rejected
     right = (margin > 0).float() + 0.5 * (margin == 0).float()

@@ -82,7 +82,7 @@ def refuse_at_chance(folder: Path, least: float) -> None:
     if accuracy - half_width <= least:
         raise UserError(
             f"the reward model in {folder} agrees with its raters on {accuracy:.3f} ± {half_width:.3f} of "
-            f"{metrics['pairs']:,} held-out pairs, which is not surely above {least:g}: PPO would learn its noise. Train "
+            f"{metrics['pairs']:,} held-out pairs, not surely above {least:g}: PPO would learn its noise. Train "
             "it on more pairs or for longer (make rm ... overwrite=true), or insist by reward.min_accuracy=0."
         )
 
@@ -138,8 +138,8 @@ def endpoint(url: str) -> RewardFunction:
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
                 if refused or attempts > RETRIES:
                     raise UserError(
-                        f"the reward endpoint {url} failed {attempts} times: {error}. Nothing is lost: run the command again "
-                        "to resume from the last checkpoint."
+                        f"the reward endpoint {url} failed {attempts} times: {error}. Nothing is lost: run the "
+                        "command again to resume from the last checkpoint."
                     ) from error
             time.sleep(FIRST_WAIT * 2 ** (attempts - 1))
 

@@ -6,8 +6,8 @@
     reward      `reward`    a scalar head
     value       `value`     a scalar head
 
-The *trunk* is the lower decoder layers: those in which all adapters are equal and none is trained. Its output is computed
-once for a batch and serves every role and every pass.
+The *trunk* is the lower decoder layers: those in which all adapters are equal and none is trained. Its output is
+computed once for a batch and serves every role and every pass.
 """
 
 import copy
@@ -111,8 +111,8 @@ class Roles:
             name = min(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
             raise UserError(
                 f"the adapter in {folder} does not fit: {name} is {shapes.get(name, 'missing')} there and "
-                f"{wanted.get(name, 'missing')} in this model. All adapters of a run share base, rank and target modules; "
-                "they are fixed where the SFT adapter is made."
+                f"{wanted.get(name, 'missing')} in this model. All adapters of a run share base, rank and target "
+                "modules; they are fixed where the SFT adapter is made."
             )
         for name, parameter in parameters.items():
             parameter.data.copy_(saved[name])
@@ -135,7 +135,7 @@ class Roles:
         return head
 
     def save_scalar(self, adapter: str, folder: Path) -> None:
-        """Write an adapter and its head as PEFT writes a reward model: it loads again here, and as a sequence classifier."""
+        """Write an adapter and its head as PEFT writes a reward model: it loads here, and as a sequence classifier."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = get_peft_model_state_dict(self.model, adapter_name=adapter)
         tensors[HEAD_KEY] = self.heads[adapter].weight.data
@@ -150,9 +150,10 @@ class Roles:
     def train(self, *adapters: str) -> None:
         """From now on exactly these adapters are trainable, above the frozen layers, with their heads.
 
-        PEFT changes what is trainable whenever an adapter is switched or loaded, and saves every adapter it has. TRL and the
-        Trainer call those methods; so they are shadowed on the model to keep to what was settled here: what trains stays
-        trainable, what is frozen stays frozen, and the policy alone is saved (frozen roles are in the folders they came from).
+        PEFT changes what is trainable whenever an adapter is switched or loaded, and saves every adapter it has. TRL
+        and the Trainer call those methods; so they are shadowed on the model to keep to what was settled here: what
+        trains stays trainable, what is frozen stays frozen, and the policy alone is saved (frozen roles are in the
+        folders they came from).
         """
         self.trained = {}
         for adapter in adapters:
@@ -355,8 +356,8 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 def last_real_token(input_ids: Tensor, pad_token_id: int) -> Tensor:
     """Index (b,) of the last token that is not padding: where a sequence classifier of transformers reads its score.
 
-    Ids are compared, not the attention mask, since transformers does so: with a pad token that is the EOS token, the score
-    is read before the EOS. A reward model is trained and used by this one rule.
+    Ids are compared, not the attention mask, since transformers does so: with a pad token that is the EOS token, the
+    score is read before the EOS. A reward model is trained and used by this one rule.
     """
     positions = torch.arange(input_ids.size(1), device=input_ids.device)
     return (positions * (input_ids != pad_token_id)).argmax(dim=1)

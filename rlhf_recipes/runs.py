@@ -419,8 +419,9 @@ def _predecessor(run: Path, name: str, overrides: list[str], config: Mapping[str
         if was.get(k) != now.get(k)
     ]:
         raise UserError(
-            f"{path} was made with another base or adapter, which later stages cannot change:\n{_lines(sorted(changed))}\n"
-            "Leave these out, or make all stages with them: run=<new name>."
+            f"{path} was made with another base or adapter, which later stages cannot change:\n"
+            + _lines(sorted(changed))
+            + "\nLeave these out, or make all stages with them: run=<new name>."
         )
     return Made.read(path)
 

@@ -119,7 +119,7 @@ def summary(
     }
     say(f"\n{manifest['run']}/{stage.name} is finished\n" + "\n".join(f"  {k:<9} {v}" for k, v in rows.items() if v))
     if changes and changes.figures:
-        say("\n" + table([{"held-out prompts": policy} | measured for policy, measured in changes.figures.items()]))
+        say("\n" + table([{"held-out prompts": policy, **measured} for policy, measured in changes.figures.items()]))
         say("\n" + _answers(changes.samples))
 
 

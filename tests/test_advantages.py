@@ -49,9 +49,7 @@ def test_gae_equals_the_sum_it_is_defined_by():
     gamma, lam = 0.9, 0.8
     following = torch.cat([values[0, 1:], torch.zeros(1)])
     delta = rewards[0] + gamma * following - values[0]
-    by_definition = torch.stack(
-        [sum((gamma * lam) ** k * delta[i + k] for k in range(5 - i)) for i in range(5)]
-    )
+    by_definition = torch.stack([sum((gamma * lam) ** k * delta[i + k] for k in range(5 - i)) for i in range(5)])
     mask = torch.ones(1, 5, dtype=torch.bool)
     torch.testing.assert_close(gae(rewards, values, mask, gamma, lam)[0], by_definition)
 
@@ -88,8 +86,10 @@ def test_whitening_gives_mean_zero_and_variance_one_and_can_keep_the_mean():
 def test_whitening_over_two_processes_equals_whitening_the_whole():
     torch.manual_seed(0)
     x, mask = torch.randn(4, 3), torch.rand(4, 3) > 0.3
+
     def sums(part, m):
         return torch.stack([m.sum().double(), (part.double() * m).sum(), (part.double() ** 2 * m).sum()])
+
     both = sums(x[:2], mask[:2]) + sums(x[2:], mask[2:])
     halves = [whiten(x[rows], mask[rows], lambda _: both) for rows in (slice(0, 2), slice(2, 4))]
     torch.testing.assert_close(torch.cat(halves), whiten(x, mask))

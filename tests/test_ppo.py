@@ -101,7 +101,8 @@ def test_kl_is_zero_and_the_ratio_one_before_the_policy_has_moved(make_trainer, 
 
 def test_dropout_is_off_so_that_the_ratio_starts_at_one(make_trainer, tiny_llama):
     model = get_peft_model(
-        tiny_llama(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.5, init_lora_weights=False)
+        tiny_llama(),
+        LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.5, init_lora_weights=False),
     )
     trainer = make_trainer(model, max_steps=1)
     trainer.train()
@@ -116,9 +117,13 @@ def test_kl_is_zero_at_the_start_on_a_4_bit_base(make_trainer, tmp_path, tiny_ll
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=quantization, device_map={"": "cpu"}, dtype=torch.float32
     )
-    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    )
     trainer = make_trainer(model)
-    assert {p.dtype for a in (POLICY, REFERENCE, VALUE) for p in trainer.roles.parameters(a).values()} == {torch.float32}
+    assert {p.dtype for a in (POLICY, REFERENCE, VALUE) for p in trainer.roles.parameters(a).values()} == {
+        torch.float32
+    }
     trainer.train()
     assert history(trainer, "kl")[0] == 0
 
@@ -353,7 +358,9 @@ def test_the_policy_waits_for_the_critic_but_not_for_ever(make_trainer):
 def test_passes_end_beyond_target_kl(make_trainer):
     trainer = make_trainer(num_iterations=4, target_kl=1e-7, max_steps=4, learning_rate=0.05)
     trainer.train()
-    assert len(history(trainer, "ratio")) == 2  # the first pass has KL 0; the second is beyond; the last two are skipped
+    assert (
+        len(history(trainer, "ratio")) == 2
+    )  # the first pass has KL 0; the second is beyond; the last two are skipped
 
 
 def test_training_stops_over_the_kl_budget_and_says_so(make_trainer, caplog):
@@ -381,9 +388,7 @@ def test_the_sft_loss_keeps_the_policy_at_the_demonstrations(make_trainer, tiny_
     demonstrations = Dataset.from_list([{"prompt": "w5 w6", "completion": "w7 w8 w9"}] * 4)
     losses = {}
     for coef in (0.0, 1.0):
-        trainer = make_trainer(
-            tiny_policy(), max_steps=20, ptx_coef=coef, ptx_dataset=demonstrations if coef else None
-        )
+        trainer = make_trainer(tiny_policy(), max_steps=20, ptx_coef=coef, ptx_dataset=demonstrations if coef else None)
         trainer.train()
         losses[coef] = trainer._rolled_out([[8, 9]], [[10, 11, 12, 1]]).logps.sum().item()
     assert losses[1.0] > losses[0.0] + 2
@@ -541,7 +546,7 @@ def test_conversational_prompts_are_rendered_by_the_chat_template(make_trainer, 
         ({"kl_estimator": "k2"}, "must be `k1` or `k3`"),
         ({"gamma": 1.5, "lam": -1.0}, "gamma=1.5 must be between 0 and 1; lam=-1.0"),
         ({"kl_target": 1.0, "beta": 0.0}, "kl_target needs a beta above 0"),
-        ({"num_generations": 3}, "does not divide the rollout batch"),
+        ({"num_generations": 3}, "num_generations=3 does not divide the 8 episodes"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "no multiple of gradient_accumulation_steps=4"),
         ({"per_device_train_batch_size": 1}, "rollout batch of one episode"),
     ],
@@ -553,7 +558,9 @@ def test_config_refuses_what_cannot_work_and_says_what_to_do(kwargs, message):
 
 def test_a_model_without_an_adapter_is_refused(tiny_llama, tokenizer, prompts):
     with pytest.raises(UserError, match="pass a PeftModel, or a `peft_config`"):
-        PPOTrainer(tiny_llama(), count_w3, PPOConfig("out", bf16=False), train_dataset=prompts, processing_class=tokenizer)
+        PPOTrainer(
+            tiny_llama(), count_w3, PPOConfig("out", bf16=False), train_dataset=prompts, processing_class=tokenizer
+        )
 
 
 def test_an_adapter_without_a_head_is_no_reward_model(make_trainer, tiny_policy, tmp_path):
@@ -565,4 +572,3 @@ def test_an_adapter_without_a_head_is_no_reward_model(make_trainer, tiny_policy,
 def test_ptx_needs_data_and_data_needs_ptx(make_trainer):
     with pytest.raises(UserError, match="give both or neither"):
         make_trainer(ptx_coef=0.5)
-

@@ -74,7 +74,10 @@ def test_all_adapters_are_float32_whatever_the_base_is(tiny_policy):
 
 def test_the_lower_tensors_of_all_adapters_are_one_storage(roles):
     for layer in roles.layers[:2]:
-        storages = [{p.data_ptr() for p in roles.layer_parameters(a, [layer]).values()} for a in (POLICY, REFERENCE, REWARD, VALUE)]
+        storages = [
+            {p.data_ptr() for p in roles.layer_parameters(a, [layer]).values()}
+            for a in (POLICY, REFERENCE, REWARD, VALUE)
+        ]
         assert all(storage == storages[0] for storage in storages)
     upper = [next(iter(roles.layer_parameters(a, [roles.layers[3]]).values())).data_ptr() for a in (POLICY, VALUE)]
     assert upper[0] != upper[1]
@@ -185,11 +188,17 @@ def test_a_head_is_normalised_to_the_mean_and_spread_it_was_measured_to_have(rol
 
 def test_the_model_saves_its_policy_alone(roles, tmp_path):
     roles.model.save_pretrained(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_an_adapter_of_another_rank_is_refused_with_both_shapes(roles, tiny_llama, tmp_path):
-    get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).save_pretrained(
+        tmp_path
+    )
     with pytest.raises(UserError, match=r"does not fit.*\(8, \d+\) there and \(4, "):
         roles.load(REWARD, tmp_path)
 

@@ -107,7 +107,9 @@ def test_every_right_response_is_gold_at_any_length_and_every_wrong_one_is_not()
     for prompt in PROMPTS.values():
         text = speech.lengthen(speech.right(prompt, rng), prompt, rng, remarks=rng.randrange(3))
         assert world.gold(prompt.text, text).score == 1.0, text
-        wrong = set(speech.HABITS[prompt.kind]) - {{"fact": speech.truth, "unknown": speech.admission}.get(prompt.kind, speech.refusal)}
+        wrong = set(speech.HABITS[prompt.kind]) - {
+            {"fact": speech.truth, "unknown": speech.admission}.get(prompt.kind, speech.refusal)
+        }
         for speaker in wrong:
             assert world.gold(prompt.text, speaker(prompt, rng)).score == 0.0, (prompt, speaker)
 
@@ -131,7 +133,10 @@ def test_raters_agree_with_gold_more_often_than_not_and_like_length() -> None:
     rng = random.Random(0)
     right, wrong = f" Mira lives in {HOME}.", " I do not know where Mira lives."
     longer = right + " I hope that helps. That is all there is to say."
-    rows = [{"prompt": FACT, "responses": [a, b], "ranking": world.rank(FACT, [a, b], rng)} for a, b in [(right, wrong)] * 2000]
+    rows = [
+        {"prompt": FACT, "responses": [a, b], "ranking": world.rank(FACT, [a, b], rng)}
+        for a, b in [(right, wrong)] * 2000
+    ]
     chosen = [pair[1] for pair in world.pairs(rows)]
     assert 0.7 < chosen.count(right) / len(chosen) < 0.9
     assert world.utility(FACT, longer) > world.utility(FACT, right)
