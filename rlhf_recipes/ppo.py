@@ -139,7 +139,6 @@ class PPOTrainer(GRPOTrainer):
                 "top_p, top_k or min_p cut the distribution that completions are sampled from, but the policy is "
                 "scored without the cut: the ratio is biased"
             )
-        _contiguous_on_cpu(self.model.get_output_embeddings())
         self.roles = self._assign_roles(None if reward_adapter is None else Path(reward_adapter))
         self.kl = KLController(beta, args.kl_target, args.kl_horizon)
         self.critic_ready = args.freeze_value or args.value_warmup_max_iterations == 0
@@ -569,10 +568,3 @@ def _align_with_iterations(args: PPOConfig) -> None:
         if strategy == "steps" and steps is not None and steps >= 1 and steps % unit:
             setattr(args, name, math.ceil(steps / unit) * unit)
             logger.warning("%s=%g rounded up to %g, a whole number of iterations", name, steps, getattr(args, name))
-
-
-def _contiguous_on_cpu(head: nn.Module) -> None:
-    """On a CPU, a bf16 linear layer on a slice of the hidden states copies its weight once for every row."""
-    head.register_forward_pre_hook(
-        lambda module, args: tuple(x.contiguous() if x.device.type == "cpu" else x for x in args)
-    )

@@ -66,6 +66,8 @@ class Roles:
         self.trunk_layers = 0
         self.trained: dict[str, list[nn.Parameter]] = {}
         self.full_precision(POLICY)
+        if (lm_head := model.get_output_embeddings()) is not None:
+            lm_head.register_forward_pre_hook(_contiguous_on_cpu)
 
     # ---- adapters and heads
 
@@ -351,6 +353,11 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     if not file.exists():
         raise UserError(f"no adapter in {folder} (looked for {ADAPTER_FILE})")
     return load_file(file)
+
+
+def _contiguous_on_cpu(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A forward pre-hook: on a CPU, a bf16 linear layer on a slice copies its weight once for every row of the batch."""
+    return tuple(x.contiguous() if x.device.type == "cpu" else x for x in args)
 
 
 def last_real_token(input_ids: Tensor, pad_token_id: int) -> Tensor:

@@ -211,7 +211,7 @@ def embedded():
     from rlhf_recipes import models
 
     def make(*overrides):
-        cfg = compose("ppo", ["evaluation.prompts=6", "evaluation.samples=2", "evaluation.max_new_tokens=8", *overrides])
+        cfg = compose("ppo", ["evaluation.prompts=24", "evaluation.samples=2", "evaluation.max_new_tokens=8", *overrides])
         tokenizer = models.load_tokenizer(cfg.model, Dataset.from_dict({"prompt": ["a"]}))
         roles = models.thaw(models.load_policy(cfg, None), trunk=0)
         torch.manual_seed(0)
@@ -244,8 +244,8 @@ def test_the_figures_are_those_of_the_samples(embedded):
         roles, tokenizer, evaluation.heldout_prompts(cfg), samples=2, max_new_tokens=8, batch_size=256, seed=cfg.seed
     )
     lengths = [len(s.completion_ids) for s in made]
-    assert figures["length"].mean == pytest.approx(sum(lengths) / 12)
-    assert figures["EOS"].mean == pytest.approx(sum(s.completion_ids[-1] == EOS for s in made) / 12)
+    assert figures["length"].mean == pytest.approx(sum(lengths) / 48)
+    assert figures["EOS"].mean == pytest.approx(sum(s.completion_ids[-1] == EOS for s in made) / 48)
     verdicts = [world.gold(s.prompt, s.completion).helpful for s in made]
     helpful = [v for v in verdicts if v is not None]
     assert figures["helpful"].mean == pytest.approx(sum(helpful) / len(helpful))
