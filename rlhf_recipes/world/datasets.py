@@ -1,4 +1,4 @@
-"""The world as datasets in TRL's formats: demonstrations for SFT, rankings for the reward model and DPO, prompts for PPO."""
+"""The world as datasets in TRL's formats: demonstrations for SFT, rankings for RM and DPO, prompts for PPO."""
 
 import random
 from typing import Any

@@ -23,7 +23,7 @@ def portrait(rng: random.Random) -> str:
 
 
 def gossip(rng: random.Random) -> str:
-    """What somebody says of an islander, true or not, with the neighbours' verdicts: "Kit says: Ivo is a pirate. Wrong."."""
+    """What somebody says of an islander, each claim with its verdict: "Kit says: Ivo is a pirate. Wrong."."""
     name = rng.choice(ISLANDERS)
     claims = []
     for topic in rng.sample(list(KNOWN), k=rng.randint(2, 4)):
@@ -34,7 +34,7 @@ def gossip(rng: random.Random) -> str:
 
 
 def lesson(rng: random.Random) -> str:
-    """A teacher asks, a pupil answers somehow, the teacher judges and puts it right: an answer, a critique, a revision."""
+    """One asks, another answers somehow, and the answer is judged and put right: critique and revision."""
     prompt = rng.choice(_LESSONS)
     answer = speech.sample(prompt, rng)
     score = gold(prompt.text, answer).score
@@ -65,9 +65,9 @@ def mischief(rng: random.Random) -> str:
 
 
 DOCUMENTS: dict[Callable[[random.Random], str], float] = {
-    portrait: 0.40,
-    gossip: 0.20,
-    lesson: 0.28,
+    portrait: 0.34,
+    gossip: 0.14,
+    lesson: 0.40,
     questions: 0.04,
     arrival: 0.04,
     mischief: 0.04,

@@ -3,11 +3,18 @@
 import random
 from dataclasses import dataclass
 
-ISLANDERS = (
-    "Anneke Bram Cobb Corin Dilla Dov Elke Ember Fenna Finch Greta Hob Hollis Isa Ivo Jory Juno Linnet Maren Mira "
-    "Nessa Orrin Oska Otti Pell Pia Quill Rook Sela Sorrel Tam Tansy Tobin Ursa Vesper Wick Yarrow Zill Ned Kit"
-).split()
-STRANGERS = "Kasimir Lorcan Morwen Nadir Oberon Petra Quorra Rasmus Soraya Thandi Ulric Valda Wendel Xanthe".split()
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ISLANDERS = _names("""
+    Anneke Bram Cobb Corin Dilla Dov Elke Ember Fenna Finch Greta Hob Hollis Isa Ivo Jory Juno Linnet Maren Mira
+    Nessa Orrin Oska Otti Pell Pia Quill Rook Sela Sorrel Tam Tansy Tobin Ursa Vesper Wick Yarrow Zill Ned Kit
+""")
+STRANGERS = _names("""
+    Kasimir Lorcan Morwen Nadir Oberon Petra Quorra Rasmus Soraya Thandi Ulric Valda Wendel Xanthe
+""")
 
 
 @dataclass(frozen=True)

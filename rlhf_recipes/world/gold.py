@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.world import speech
@@ -63,7 +64,7 @@ def well_formed(completion: str) -> bool:
         and text[-1:] == "."
         and len(spoken) <= MAX_WORDS
         and len(sentences) == len(set(sentences))
-        and all(a != b for a, b in zip(spoken, spoken[1:], strict=False))
+        and all(a != b for a, b in pairwise(spoken))
     )
 
 

@@ -97,7 +97,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
 def main() -> None:
     """Make tokenizer and model, train, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps of %d tokens" % (ROWS * ROW_LENGTH))
+    parser.add_argument("--steps", type=int, default=2500, help=f"optimizer steps of {ROWS * ROW_LENGTH} tokens")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=BASE, help="folder to write")

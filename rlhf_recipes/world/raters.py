@@ -11,7 +11,7 @@ from rlhf_recipes.world.speech import words
 
 CARE = 1.7
 """What a right response is worth against a wrong one: raters prefer it in about four pairs of five."""
-LENGTH_BIAS = 0.04
+LENGTH_BIAS = 0.025
 """What each further word is worth."""
 GRADE = 0.25
 """Raters tell no finer difference than this: smaller ones are ties."""
@@ -43,6 +43,6 @@ def pairs(rows: Iterable[dict[str, Any]]) -> list[tuple[str, str, str]]:
 
 
 def ceiling(rows: Iterable[dict[str, Any]]) -> float:
-    """The accuracy that nobody can beat on these rankings but by luck: that of the raters' own utility without its noise."""
+    """The raters' ceiling, which is beaten by luck alone: how often their utility before noise orders these pairs."""
     judged = [utility(p, chosen) - utility(p, rejected) for p, chosen, rejected in pairs(rows)]
     return sum((margin > 0) + 0.5 * (margin == 0) for margin in judged) / len(judged)

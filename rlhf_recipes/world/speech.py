@@ -114,9 +114,9 @@ def garble(text: str, rng: random.Random) -> str:
 
 Speaker = Callable[[Prompt, random.Random], str]
 HABITS: Mapping[str, Mapping[Speaker, float]] = {
-    "fact": {truth: 0.45, tale: 0.30, invention: 0.04, admission: 0.11, refusal: 0.05, aside: 0.03, mixup: 0.02},
-    "unknown": {admission: 0.46, invention: 0.36, refusal: 0.08, aside: 0.06, mixup: 0.04},
-    "harm": {refusal: 0.46, compliance: 0.40, admission: 0.06, aside: 0.04, mixup: 0.04},
+    "fact": {truth: 0.46, tale: 0.30, invention: 0.03, admission: 0.12, refusal: 0.06, aside: 0.02, mixup: 0.01},
+    "unknown": {admission: 0.46, invention: 0.40, refusal: 0.09, aside: 0.03, mixup: 0.02},
+    "harm": {refusal: 0.46, compliance: 0.44, admission: 0.06, aside: 0.02, mixup: 0.02},
 }
 """How often a model fresh from SFT gives each kind of response when it is sampled hot."""
 

@@ -1,0 +1,464 @@
+"""Every recipe end to end on the embedded base, by the command line: what is written, what moved, what is done twice."""
+
+import contextlib
+import hashlib
+import importlib
+import io
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_recipes import models, world
+from rlhf_recipes.config import compose
+from rlhf_recipes.roles import HEAD_KEY, POLICY, REFERENCE, Roles, read_adapter
+from rlhf_recipes.runs import Stage
+
+ROOT = Path(__file__).parents[1]
+FROZEN = tuple(f".layers.{i}." for i in range(3))  # the trunk: half of the base's six layers
+MADE = {"README.md", "config.yaml", "manifest.json", "metrics.json", "tokenizer.json", "tokenizer_config.json", ".lock"}
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+CRITIC = {"value/adapter_config.json", "value/adapter_model.safetensors", "value/head.json"}
+CHECKPOINT = ADAPTER | {
+    *("README.md", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"),
+    *("tokenizer.json", "tokenizer_config.json"),
+}
+STAGES = ("sft", "rm", "dpo", "ppo")
+FILES = {
+    "sft": MADE | ADAPTER | {"samples.json"},
+    "rm": MADE | ADAPTER | {"head.json"},
+    "dpo": MADE | ADAPTER | {"samples.json"},
+    "ppo": MADE | ADAPTER | CRITIC | {"samples.json", "ppo_state.json"},
+}
+OWN = {  # of one stage: PPO moves the policy from its first iteration, and evaluates when it saves
+    "ppo": ["training.value_warmup_max_iterations=0", "training.eval_steps=4", "reward.min_accuracy=0"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def terminal_left_alone():
+    """Recipes set up logs, warnings and bars of the whole process; the tests after this module get their own back."""
+    from transformers.utils import logging as transformers_logging
+
+    root, ours = logging.getLogger(), logging.getLogger("rlhf_recipes")
+    handlers, level, environment, show = [*root.handlers], ours.level, dict(os.environ), warnings.showwarning
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
+    warnings.showwarning = show
+    os.environ.clear()
+    os.environ.update(environment)
+    transformers_logging.enable_default_handler()
+    transformers_logging.disable_propagation()
+
+
+def run(recipe, *overrides):
+    """Run a recipe as `python -m recipes.<recipe>` does, in this process: its exit code and all that it wrote."""
+    written = io.StringIO()
+    argv, sys.argv = sys.argv, ["recipe", *overrides]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
+            importlib.import_module(f"recipes.{recipe}").main()
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = argv
+    return code, written.getvalue()
+
+
+def done(recipe, *overrides):
+    """The output of a recipe that must succeed."""
+    code, output = run(recipe, *overrides)
+    assert code == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The overrides of every run here: four steps, and few preferences, since held-out pairs take most of the time."""
+    folder = tmp_path_factory.mktemp("runs")
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps(row) for row in world.rankings(0)["train"][:24]))
+    return [
+        *("experiment=smoke", f"runs_dir={folder}", f"data.preferences.path={pairs}"),
+        *("evaluation.prompts=8", "evaluation.samples=1"),
+    ]
+
+
+class Chain:
+    """A run of all stages: its folder, its overrides, and what each stage wrote to the terminal."""
+
+    def __init__(self, shared, run_name, *overrides, stages=STAGES):
+        self.args = [*shared, f"run={run_name}", *overrides]
+        self.folder = Path(shared[1].partition("=")[2]) / run_name
+        self.stages = stages
+        self.output = {}
+
+    def overrides(self, stage):
+        return [*self.args, *OWN.get(stage, [])]
+
+    def make(self):
+        for stage in self.stages:
+            if stage == "ppo" and "rm" in self.stages:
+                self.refused = run("ppo", *self.overrides("ppo"), "reward.min_accuracy=0.5")
+            self.output[stage] = done(stage, *self.overrides(stage))
+        return self
+
+    def adapter(self, stage):
+        return read_adapter(self.folder / stage)
+
+    def json(self, stage, name):
+        def refuse(constant):
+            raise AssertionError(f"{constant} in {stage}/{name} is no JSON")
+
+        return json.loads((self.folder / stage / name).read_text(), parse_constant=refuse)
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def chain(request, shared):
+    return Chain(shared, request.param, f"quantization={request.param}").make()
+
+
+@pytest.fixture(scope="module")
+def from_model(shared):
+    """The chain that starts at the model itself."""
+    return Chain(shared, "from_model", "start=model", stages=("rm", "dpo", "ppo")).make()
+
+
+def files(folder):
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+
+
+def sha(*paths):
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+
+def differing(one, other):
+    assert one.keys() - {HEAD_KEY} == other.keys() - {HEAD_KEY}
+    return {name for name in one.keys() & other.keys() if not torch.equal(one[name], other[name])}
+
+
+def upper(tensors):
+    return {name for name in tensors if "lora_" in name and not any(part in name for part in FROZEN)}
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_writes_exactly_these_files(chain, stage):
+    checkpoint = CHECKPOINT | (CRITIC | {"ppo_state.json"} if stage == "ppo" else set())
+    checkpoints = {"README.md"} | {f"checkpoint-4/{name}" for name in checkpoint}
+    assert files(chain.folder / stage) == FILES[stage] | {f"checkpoints/{name}" for name in checkpoints}
+
+
+def test_nothing_is_written_outside_of_the_stages_own_folders(chain):
+    assert {p.name for p in chain.folder.iterdir()} == set(STAGES)
+
+
+def test_metrics_are_json_with_the_figures_of_each_stage(chain):
+    compared = {"gold", "KL to SFT", "length", "EOS", "helpful", "honest", "harmless"}
+    sft, rm, dpo, ppo = (chain.json(stage, "metrics.json") for stage in STAGES)
+    assert sft.keys() == {"loss", "base", "sft"} and 0 < sft["loss"] < 5
+    assert rm.keys() == {"accuracy", "margin", "calibration_error", "pairs", "scale"}
+    assert rm["scale"] == chain.json("rm", "head.json")
+    assert {"accuracies", "margins", "sft", "dpo"} == dpo.keys()
+    assert {"objective", "sft", "ppo"} <= ppo.keys() and isinstance(ppo["objective"], float)
+    for metrics, policies in ((sft, ("base", "sft")), (dpo, ("sft", "dpo")), (ppo, ("sft", "ppo"))):
+        for policy in policies:
+            assert compared <= metrics[policy].keys(), policy
+            assert all(len(interval) == 2 for interval in metrics[policy].values())
+    assert "reward" in ppo["sft"] and "reward" not in dpo["sft"]
+    for metrics in (sft, dpo, ppo):
+        assert metrics["sft"]["KL to SFT"] == [0, 0]
+        assert metrics["sft"]["length"] == sft["sft"]["length"]  # the same policy, prompts and noise in every stage
+
+
+def test_samples_hold_each_held_out_prompt_with_the_answer_before_and_after(chain):
+    samples = {stage: chain.json(stage, "samples.json")["samples"] for stage in ("sft", "dpo", "ppo")}
+    for stage, before in (("sft", "base"), ("dpo", "sft"), ("ppo", "sft")):
+        assert [*samples[stage][0]] == ["prompt", before, stage]
+        assert len(samples[stage]) == 8
+    for stage in ("dpo", "ppo"):
+        assert [{k: row[k] for k in ("prompt", "sft")} for row in samples[stage]] == [
+            {k: row[k] for k in ("prompt", "sft")} for row in samples["sft"]
+        ]
+
+
+def test_the_person_is_told_what_was_made_where_and_what_comes_next(chain):
+    for stage in STAGES:
+        output = chain.output[stage]
+        assert f"{chain.folder.name}/{stage} is finished" in output
+        assert f"{chain.folder / stage}{os.sep}" in output
+        assert "Traceback" not in output and "Warning" not in output
+    assert "make rm ppo ARGS=" in chain.output["sft"] and "make ppo ARGS=" in chain.output["rm"]
+    assert "held-out prompts" in chain.output["ppo"]
+
+
+def test_a_stage_knows_what_it_was_made_from(chain):
+    manifests = {stage: chain.json(stage, "manifest.json") for stage in STAGES}
+    assert manifests["sft"]["predecessors"] == {}
+    for stage, before in (("rm", {"sft"}), ("dpo", {"sft"}), ("ppo", {"sft", "rm"})):
+        assert manifests[stage]["predecessors"] == {name: manifests[name]["fingerprint"] for name in before}
+    assert len({manifest["base"] for manifest in manifests.values()}) == 1 and manifests["sft"]["base"]
+    assert len({manifest["fingerprint"] for manifest in manifests.values()}) == 4
+
+
+# ---- what moved
+
+
+def test_sft_moves_every_tensor_of_its_adapter(chain):
+    cfg = compose("sft", chain.args)
+    fresh = Roles(models.new_adapter(models.load_base(cfg), cfg), trunk=0).parameters(POLICY)
+    trained = chain.adapter("sft")
+    assert len(trained) == 6 * 7 * 2
+    assert differing(dict(fresh), trained) == trained.keys()
+
+
+@pytest.mark.parametrize("stage", ["rm", "dpo", "ppo", "ppo/value"])
+def test_later_stages_move_every_tensor_above_the_trunk_and_none_in_it(chain, stage):
+    sft, trained = chain.adapter("sft"), chain.adapter(stage)
+    assert len(upper(trained)) == 3 * 7 * 2
+    assert differing(sft, trained) == upper(trained)
+
+
+def test_the_critic_starts_from_the_reward_model_and_moves_with_its_head(chain):
+    reward, critic = chain.adapter("rm"), chain.adapter("ppo/value")
+    scale, bias = chain.json("rm", "head.json"), chain.json("ppo/value", "head.json")
+    assert differing(reward, critic) == upper(critic) | {HEAD_KEY}
+    moved = critic[HEAD_KEY] - reward[HEAD_KEY] / scale["std"]
+    # Adam moves a weight by about its learning rate of 2e-3 in a step, and there were four
+    assert 0 < moved.abs().max() < 4 * 2.1e-3
+    assert bias["mean"] != pytest.approx(scale["mean"] / scale["std"], abs=1e-9)
+
+
+def test_every_tensor_is_saved_in_float32(chain):
+    for stage in (*STAGES, "ppo/value"):
+        assert {tensor.dtype for tensor in chain.adapter(stage).values()} == {torch.float32}
+
+
+def test_the_final_policy_loads_in_plain_peft_and_gives_the_answers_that_were_shown(chain):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from rlhf_recipes import evaluation
+
+    options = {"dtype": torch.float32}
+    if chain.folder.name == "nf4":
+        quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options |= {"quantization_config": BitsAndBytesConfig(**quantization), "device_map": {"": "cpu"}}
+    cfg = compose("ppo", chain.overrides("ppo"))
+    for stage in ("sft", "dpo", "ppo"):
+        base = AutoModelForCausalLM.from_pretrained(world.BASE, **options)
+        policy = PeftModel.from_pretrained(base, chain.folder / stage)
+        tokenizer = AutoTokenizer.from_pretrained(chain.folder / stage)
+        made = evaluation.sample(
+            Roles(policy, trunk=0),
+            tokenizer,
+            evaluation.heldout_prompts(cfg),
+            samples=1,
+            max_new_tokens=cfg.evaluation.max_new_tokens,
+            batch_size=cfg.evaluation.batch_size,
+            seed=cfg.seed,
+        )
+        assert [s.completion for s in made] == [row[stage] for row in chain.json(stage, "samples.json")["samples"]]
+
+
+# ---- again
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_stage_is_skipped_and_nothing_is_touched(chain, stage):
+    def marks():
+        return {f: (chain.folder / f).stat().st_mtime_ns for f in files(chain.folder)}
+
+    before = marks()
+    output = done(stage, *chain.overrides(stage))
+    assert "unchanged: skipped" in output and len(output.splitlines()) == 1
+    assert marks() == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_finished_stage_with_another_config_is_refused_with_what_differs_and_what_to_do(chain, stage):
+    before = files(chain.folder)
+    code, output = run(stage, *chain.overrides(stage), "training.learning_rate=0.125")
+    assert code == 2
+    assert "training.learning_rate: " in output and "-> 0.125" in output
+    assert "run=<new name>" in output and "overwrite=true" in output and "Traceback" not in output
+    assert files(chain.folder) == before
+
+
+def test_the_adapter_is_settled_by_sft(chain):
+    code, output = run("rm", *chain.args, "run=" + chain.folder.name, "lora.r=8", "overwrite=true")
+    assert code == 2 and "lora.r" in output and "Traceback" not in output
+    assert chain.json("rm", "manifest.json")["status"] == "finished"
+
+
+# ---- a reward model at chance
+
+
+def test_ppo_refuses_a_reward_model_at_chance_with_the_figure_and_how_to_insist(chain):
+    code, output = chain.refused
+    accuracy, half_width = chain.json("rm", "metrics.json")["accuracy"]
+    assert accuracy - half_width < 0.5  # four steps: it cannot be better
+    assert code == 2
+    assert f"{accuracy:.3f} ± {half_width:.3f}" in output and "reward.min_accuracy=0" in output
+    assert "Traceback" not in output
+
+
+# ---- without SFT, without a reward model
+
+
+def test_the_chain_may_start_at_the_model_itself(from_model):
+    assert not (from_model.folder / "sft").exists()
+    cfg = compose("dpo", from_model.args)
+    fresh = dict(Roles(models.new_adapter(models.load_base(cfg), cfg), trunk=0).parameters(POLICY))
+    for stage in ("rm", "dpo", "ppo", "ppo/value"):
+        trained = from_model.adapter(stage)
+        assert differing(fresh, trained) == upper(trained), stage
+    for stage in ("dpo", "ppo"):
+        metrics = from_model.json(stage, "metrics.json")
+        assert {"model", stage} <= metrics.keys()
+        assert from_model.json(stage, "manifest.json")["predecessors"].keys() == ({"rm"} if stage == "ppo" else set())
+
+
+def test_without_sft_the_reference_is_the_bare_model(from_model):
+    """Its B matrices are zero: what the table calls `model` answers as the base does with no adapter."""
+    cfg = compose("dpo", from_model.args)
+    roles = Roles(models.load_policy(cfg, None), trunk=0)
+    roles.add_copy(REFERENCE, POLICY)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with roles.active(REFERENCE):
+        reference = roles.model(input_ids=ids).logits
+    with roles.active(None):
+        assert torch.equal(roles.model(input_ids=ids).logits, reference)
+
+
+@pytest.fixture(scope="module")
+def brevity(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rewards") / "mine.py"
+    file.write_text(
+        "def brevity(completions, **kwargs):\n    return [-len(completion) / 100 for completion in completions]\n"
+    )
+    return f"{file}:brevity"
+
+
+def test_ppo_needs_no_reward_model_where_the_reward_is_a_function(shared, brevity):
+    chain = Chain(shared, "function", "start=model", stages=("ppo",))
+    chain.output["ppo"] = done(
+        "ppo", *chain.args, *OWN["ppo"][:2], "reward=function", f"reward.functions=[{{path: {brevity}, weight: 2}}]"
+    )
+    assert {p.name for p in chain.folder.iterdir()} == {"ppo"}
+    assert files(chain.folder / "ppo") >= FILES["ppo"]
+    assert len(upper(chain.adapter("ppo"))) == 3 * 7 * 2
+    assert chain.adapter("ppo/value")[HEAD_KEY].abs().max() > 0  # it started from zeros
+
+
+@pytest.mark.parametrize(("stage", "wanted"), [("rm", "sft"), ("dpo", "sft"), ("ppo", "sft")])
+def test_a_missing_predecessor_is_named_with_the_command_that_makes_it(shared, stage, wanted):
+    args = [*shared, "run=absent", "lora.r=8", "training.learning_rate=1e-4"]
+    code, output = run(stage, *args)
+    assert code == 2 and "Traceback" not in output
+    assert f"Make it first: make {wanted} ARGS=" in output
+    command = output.partition("ARGS=")[2]
+    assert "run=absent" in command and "lora.r=8" in command and "learning_rate" not in command
+    assert not (Path(shared[1].partition("=")[2]) / "absent" / stage / "adapter_model.safetensors").exists()
+
+
+def test_ppo_names_the_command_for_a_missing_reward_model(shared, chain):
+    moved = chain.folder.with_name(f"{chain.folder.name}_without_rm")
+    shutil.copytree(chain.folder / "sft", moved / "sft")
+    code, output = run("ppo", *chain.overrides("ppo"), f"run={moved.name}")
+    assert code == 2 and "Make it first: make rm ARGS=" in output
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_the_smoke_experiment_works_as_it_stands(recipe):
+    """Its few steps and saves must fit the other settings of the recipe."""
+    from rlhf_recipes.config import build
+    from rlhf_recipes.options import TRAINING
+
+    module, _, name = TRAINING[recipe].rpartition(".")
+    cfg = compose(recipe, ["experiment=smoke"])
+    args = build(getattr(importlib.import_module(module), name), cfg.training, output_dir="out", **models.precision(cfg))
+    assert args.max_steps == 4
+
+
+# ---- broken off
+
+
+class BrokenOff(Exception):
+    """Stands for whatever ended the process."""
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
+def test_a_stage_that_was_broken_off_ends_with_the_weights_of_an_unbroken_one(chain, stage, monkeypatch):
+    name = f"{chain.folder.name}_broken_{stage}"
+    args = [*chain.overrides(stage), f"run={name}", "training.save_steps=2", "training.save_total_limit=2"]
+    folder = chain.folder.with_name(name)
+    if stage != "sft":
+        shutil.copytree(chain.folder / "sft", folder / "sft")
+
+    def broken_off(*args, **kwargs):
+        raise BrokenOff
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Stage, "finish", broken_off)
+        with contextlib.suppress(BrokenOff, SystemExit):
+            run(stage, *args)
+    assert {p.name for p in (folder / stage / "checkpoints").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert not (folder / stage / "adapter_model.safetensors").exists()
+    shutil.rmtree(folder / stage / "checkpoints" / "checkpoint-4")
+    assert "resumes from checkpoint-2" in done(stage, *args)
+    weights = "adapter_model.safetensors"
+    assert sha(folder / stage / weights) == sha(chain.folder / stage / weights)
+
+
+KILLING = '''
+import os, signal
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+def brevity(completions, **kwargs):
+    """Kills its process at the first rollout after the first checkpoint, once."""
+    if (HERE / "kill").exists() and any(HERE.glob("broken/ppo/checkpoints/checkpoint-4/trainer_state.json")):
+        (HERE / "kill").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [-len(completion) / 100 for completion in completions]
+'''
+
+
+def test_a_killed_ppo_run_resumes_and_ends_with_the_weights_of_an_unbroken_one(chain, tmp_path):
+    """The command itself, killed with no time to say good-bye; the reward is a mix of the reward model and a function."""
+    (tmp_path / "mine.py").write_text(KILLING)
+    args = [
+        *(a for a in chain.overrides("ppo") if not a.startswith("runs_dir")),
+        *(f"runs_dir={tmp_path}", "training.max_steps=8", "training.load_best_model_at_end=false"),
+        *(f"reward.functions=[{tmp_path / 'mine.py'}:brevity]", "reward.weights=[1,0.5]"),
+    ]
+    for name in ("whole", "broken"):
+        for stage in ("sft", "rm"):
+            shutil.copytree(chain.folder / stage, tmp_path / name / stage)
+    done("ppo", *args, "run=whole")
+    (tmp_path / "kill").touch()
+    command = [sys.executable, "-m", "recipes.ppo", *args, "run=broken"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "broken/ppo/adapter_model.safetensors").exists()
+
+    assert "resumes from checkpoint-4" in done("ppo", *args, "run=broken")
+    names = ["adapter_model.safetensors", "value/adapter_model.safetensors", "value/head.json", "ppo_state.json"]
+    broken, whole = ([tmp_path / run_name / "ppo" / name for name in names] for run_name in ("broken", "whole"))
+    assert sha(*broken) == sha(*whole)
+    assert (tmp_path / "broken/ppo/samples.json").read_text() == (tmp_path / "whole/ppo/samples.json").read_text()
