@@ -149,7 +149,7 @@ def interval(values: Iterable[float]) -> Interval:
 class Changes:
     """Policies side by side on the same held-out prompts."""
 
-    figures: dict[str, dict[str, Interval]]  # by policy, then by measure
+    figures: dict[str, dict[str, Interval]]  # by policy, then by measure; `change` is the last policy less the first
     samples: list[dict[str, str]]  # a prompt and, by policy, the first completion of it
 
 
@@ -170,7 +170,7 @@ def changes(
         return Changes({}, [])
     gold = world.gold if all(source.kind == "world" for source in data.parse(cfg.data, "prompts")[0]) else None
     reference = REFERENCE if REFERENCE in roles.model.peft_config else POLICY
-    figures = {}
+    values: dict[str, dict[str, Sequence[float | None]]] = {}
     samples = [{"prompt": _last_words(row["prompt"])} for row in asked]
     for name, adapter in policies.items():
         with roles.active(adapter):
@@ -183,7 +183,7 @@ def changes(
                 batch_size=options.batch_size,
                 seed=cfg.seed,
             )
-        measured: dict[str, Sequence[float | None]] = {
+        measured = values[name] = {
             "KL to SFT": kl(roles, tokenizer, made, options.batch_size, policy=adapter, reference=reference),
             "length": [float(len(s.completion_ids)) for s in made],
             "EOS": [float(s.completion_ids[-1] == tokenizer.eos_token_id) for s in made],
@@ -193,10 +193,15 @@ def changes(
         if gold is not None:
             verdicts = [gold(s.prompt, s.completion) for s in made]
             measured |= {name: [getattr(v, name) for v in verdicts] for name in GOLD}
-        figures[name] = summarize(measured, options.samples)
         for row, s in zip(samples, made[:: options.samples], strict=True):
             row[name] = s.completion
-    return Changes(figures, samples)
+    # prompt by prompt, so that what is hard for both policies does not widen the interval
+    first, last = list(values.values())[0], list(values.values())[-1]
+    values["change"] = {
+        measure: [None if a is None or b is None else b - a for a, b in zip(first[measure], last[measure], strict=True)]
+        for measure in last
+    }
+    return Changes({name: summarize(measured, options.samples) for name, measured in values.items()}, samples)
 
 
 def _last_words(prompt: Any) -> str:

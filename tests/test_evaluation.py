@@ -181,7 +181,9 @@ def test_the_kl_of_a_completion_is_that_of_the_unpadded_row(roles, tokenizer, po
         ratio = (q - p).gather(1, tokens)
         wanted.append((ratio.exp() - 1 - ratio).sum().item())
     assert max(wanted) > 0.01
-    assert kl(roles, tokenizer, made, 3, policy=policy, reference=reference) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    assert kl(roles, tokenizer, made, 3, policy=policy, reference=reference) == pytest.approx(
+        wanted, rel=1e-3, abs=1e-5
+    )
 
 
 def test_the_kl_of_a_policy_to_itself_is_zero(roles, tokenizer):
@@ -211,7 +213,9 @@ def embedded():
     from rlhf_recipes import models
 
     def make(*overrides):
-        cfg = compose("ppo", ["evaluation.prompts=24", "evaluation.samples=2", "evaluation.max_new_tokens=8", *overrides])
+        cfg = compose(
+            "ppo", ["evaluation.prompts=24", "evaluation.samples=2", "evaluation.max_new_tokens=8", *overrides]
+        )
         tokenizer = models.load_tokenizer(cfg.model, Dataset.from_dict({"prompt": ["a"]}))
         roles = models.thaw(models.load_policy(cfg, None), trunk=0)
         torch.manual_seed(0)
@@ -263,7 +267,10 @@ def test_the_share_that_ends_counts_every_eos_that_ends_a_sample(embedded):
 def test_held_out_prompts_are_the_same_in_every_stage_and_none_is_trained_on():
     from rlhf_recipes import data
 
-    asked = {recipe: evaluation.heldout_prompts(compose(recipe, ["evaluation.prompts=50"])) for recipe in ("sft", "rm", "ppo")}
+    asked = {
+        recipe: evaluation.heldout_prompts(compose(recipe, ["evaluation.prompts=50"]))
+        for recipe in ("sft", "rm", "ppo")
+    }
     assert len(asked["ppo"]) == 50
     assert asked["sft"] == asked["rm"] == asked["ppo"]
     cfg = compose("ppo")

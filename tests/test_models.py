@@ -1,4 +1,4 @@
-"""Bases, tokenizers and adapters as a config asks for them: what is loaded, what trains, what is the same in every stage."""
+"""Bases, tokenizers and adapters as a config asks for them: what is loaded, what trains, what all stages share."""
 
 import contextlib
 import json
@@ -92,8 +92,12 @@ def test_plain_text_needs_no_chat_template(tokenizer, tokenizer_folder, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("rows", [CHAT_ROWS, Dataset.from_list([{"messages": CHAT + ANSWER}])], ids=["prompt", "messages"])
-def test_conversations_without_a_chat_template_get_the_plain_one_and_it_is_said(tokenizer, tokenizer_folder, rows, caplog):
+@pytest.mark.parametrize(
+    "rows", [CHAT_ROWS, Dataset.from_list([{"messages": CHAT + ANSWER}])], ids=["prompt", "messages"]
+)
+def test_conversations_without_a_chat_template_get_the_plain_one_and_it_is_said(
+    tokenizer, tokenizer_folder, rows, caplog
+):
     with caplog.at_level(logging.WARNING, "rlhf_recipes"):
         loaded = models.load_tokenizer(tokenizer_folder(tokenizer), rows)
     assert "has no chat template" in caplog.text and "model.chat_template" in caplog.text
@@ -127,7 +131,10 @@ def gpt2_like():
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     text = "User: Which colour is the sky?\n\nAssistant: It is blue, blue as ever.\n\n"
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=["<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator([text] * 5, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>", pad_token="<eos>")
@@ -197,6 +204,19 @@ def test_nf4_packs_the_linear_layers_of_the_decoder_and_computes_in_the_type_ask
         assert len(packed) == 4 * 7 and all(".layers." in n for n in packed)
         assert {m.weight.quant_type for m in packed.values()} == {"nf4"}
         assert {m.compute_dtype for m in packed.values()} == {torch.bfloat16}
+
+
+def test_an_nf4_base_computes_the_same_in_training_and_in_evaluation_and_after_it():
+    """On a CPU with AVX512-BF16, bitsandbytes repacks its weights at the first pass in evaluation mode, with scales
+    rounded to bf16, for good: a resumed run would not end where a whole one does, and SFT's figures would differ from
+    stage to stage."""
+    model = models.load_base(compose("sft", NF4))  # its layers are wide enough to be repacked, the tiny Llama's are not
+    ids = torch.arange(5, 69).view(4, 16)
+    with torch.no_grad():
+        training = model.train()(input_ids=ids).logits
+        evaluation = model.eval()(input_ids=ids).logits
+        afterwards = model.train()(input_ids=ids).logits
+    assert torch.equal(training, evaluation) and torch.equal(training, afterwards)
 
 
 def test_int8_packs_the_linear_layers_of_the_decoder(base):
@@ -428,14 +448,16 @@ def test_a_step_moves_what_is_above_the_trunk_and_no_gradient_goes_below(
 @pytest.mark.parametrize("kind", ["rm", "dpo"])
 def test_weights_after_a_step_with_checkpointing_equal_those_without(base, sft, tokenizer, tmp_path, kind):
     cfg = config(base)
-    results = [dict(trained(kind, cfg, sft, tokenizer, tmp_path / "out", c)[0].named_parameters()) for c in (False, True)]
+    results = [
+        dict(trained(kind, cfg, sft, tokenizer, tmp_path / "out", c)[0].named_parameters()) for c in (False, True)
+    ]
     for name, tensor in results[0].items():
         torch.testing.assert_close(results[1][name], tensor, msg=name)
 
 
 @pytest.mark.parametrize("overrides", [[], NF4], ids=["fp32", "nf4"])
 def test_dpo_starts_where_the_reference_is(base, sft, tokenizer, tmp_path, overrides):
-    """TRL casts a trainable adapter to bf16 on a quantized base and leaves the reference: then they differ from the start."""
+    """TRL casts a trainable adapter to bf16 on a quantized base and leaves the reference: they would differ at once."""
     model, trainer, _, _ = trained("dpo", config(base, *overrides), sft, tokenizer, tmp_path / "out", False)
     first = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert first["loss"] == pytest.approx(0.693147, abs=1e-4)  # -log sigmoid(0), at the first step
@@ -460,7 +482,9 @@ def test_the_saved_reward_model_holds_its_head_and_loads_in_plain_peft(base, sft
 
 
 # nf4 stands in test_recipes.py: on a CPU bitsandbytes repacks the weights for inference, and not those of 16 rows
-@pytest.mark.parametrize("overrides", [[], ["quantization=int8"], ["model.dtype=bfloat16"]], ids=["fp32", "int8", "bf16"])
+@pytest.mark.parametrize(
+    "overrides", [[], ["quantization=int8"], ["model.dtype=bfloat16"]], ids=["fp32", "int8", "bf16"]
+)
 def test_a_trained_reward_model_can_be_asked_for_scores(base, sft, tokenizer, tmp_path, overrides):
     """Outside the trainer there is no autocast: a float32 head meets the base's own type."""
     from rlhf_recipes import reward_model

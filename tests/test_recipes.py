@@ -1,4 +1,4 @@
-"""Every recipe end to end on the embedded base, by the command line: what is written, what moved, what is done twice."""
+"""Every recipe end to end on the embedded base, by its command line: what is written, what moved, what is resumed."""
 
 import contextlib
 import hashlib
@@ -389,7 +389,9 @@ def test_the_smoke_experiment_works_as_it_stands(recipe):
 
     module, _, name = TRAINING[recipe].rpartition(".")
     cfg = compose(recipe, ["experiment=smoke"])
-    args = build(getattr(importlib.import_module(module), name), cfg.training, output_dir="out", **models.precision(cfg))
+    args = build(
+        getattr(importlib.import_module(module), name), cfg.training, output_dir="out", **models.precision(cfg)
+    )
     assert args.max_steps == 4
 
 
@@ -439,7 +441,7 @@ def brevity(completions, **kwargs):
 
 
 def test_a_killed_ppo_run_resumes_and_ends_with_the_weights_of_an_unbroken_one(chain, tmp_path):
-    """The command itself, killed with no time to say good-bye; the reward is a mix of the reward model and a function."""
+    """The command itself, killed with no time to say good-bye; its reward is a mix of reward model and function."""
     (tmp_path / "mine.py").write_text(KILLING)
     args = [
         *(a for a in chain.overrides("ppo") if not a.startswith("runs_dir")),

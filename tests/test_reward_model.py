@@ -145,7 +145,10 @@ def test_the_score_is_read_before_the_eos_where_the_pad_is_the_eos(classifier, p
     chosen, _ = pair_scores(classifier, pairs, tokenizer, batch_size=4)
     with torch.no_grad():
         bare = classifier.get_base_model()
-        alone = [bare.score(bare.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -2]).item() for ids in pairs["chosen_ids"]]
+        alone = [
+            bare.score(bare.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -2]).item()
+            for ids in pairs["chosen_ids"]
+        ]
     assert chosen.tolist() == pytest.approx(alone, rel=1e-3, abs=1e-5)
 
 

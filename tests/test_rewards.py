@@ -1,4 +1,4 @@
-"""Where PPO's reward comes from: functions by name, an HTTP endpoint that may fail, and refusals that say what to do."""
+"""Where PPO's reward comes from: functions by name, an endpoint that may fail, and refusals that say what to do."""
 
 import http.server
 import json
@@ -130,7 +130,7 @@ def test_an_adapter_in_a_folder_is_the_reward_adapter_and_another_model_is_left_
 
 
 def test_weights_that_do_not_match_the_sources_are_refused_with_both_numbers(folder):
-    with pytest.raises(UserError, match="reward.weights has 3 numbers for 2 sources of reward"):
+    with pytest.raises(UserError, match=r"reward\.weights has 3 numbers for 2 sources of reward"):
         from_config(ppo("reward.functions=[my_rewards.py:brevity]", "reward.weights=[1,2,3]"), folder)
 
 
@@ -182,7 +182,7 @@ def test_a_good_reward_model_passes_and_is_refused_where_more_is_asked(tmp_path)
     folder = measured(tmp_path, 0.63, 0.02)
     refuse_at_chance(folder, 0.5)
     refuse_at_chance(folder, 0.6)
-    with pytest.raises(UserError, match="not surely above 0.62"):
+    with pytest.raises(UserError, match=r"not surely above 0\.62"):
         refuse_at_chance(folder, 0.62)
 
 
@@ -192,7 +192,7 @@ def test_a_minimum_of_0_insists_however_bad_the_reward_model_is(tmp_path, accura
 
 
 def test_one_held_out_pair_proves_nothing(tmp_path):
-    with pytest.raises(UserError, match="reward.min_accuracy=0"):
+    with pytest.raises(UserError, match=r"reward\.min_accuracy=0"):
         refuse_at_chance(measured(tmp_path, 1.0, float("nan"), pairs=1), 0.5)
 
 
@@ -201,7 +201,7 @@ def test_one_held_out_pair_proves_nothing(tmp_path):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A function that starts a server which gives these answers in turn, (status, body), and notes what it was asked."""
+    """A function that starts a server which gives these answers, (status, body), in turn; and what it was asked."""
     monkeypatch.setattr(rewards, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     running = []
@@ -323,7 +323,7 @@ def test_an_endpoint_that_does_not_answer_in_time_is_tried_again_and_then_told(m
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        with pytest.raises(UserError, match="failed 4 times.*timed out"):
+        with pytest.raises(UserError, match=r"failed 4 times.*timed out"):
             ask(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
