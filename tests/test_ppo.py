@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from trl import GRPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
 from rlhf_recipes import PPOConfig, PPOTrainer
@@ -237,6 +239,22 @@ def test_log_probabilities_of_padded_rows_equal_those_of_each_row_alone(make_tra
         logits = trainer.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         alone = selective_log_softmax(logits, torch.tensor(completion))
         torch.testing.assert_close(rollout.logps[row, : len(completion)], alone)
+
+
+def test_trls_fused_head_which_serves_on_a_gpu_gives_the_same_log_probabilities_and_gradients(make_trainer):
+    trainer = make_trainer()
+    rollout = trainer._rolled_out([[5, 6], [7, 8, 9]], [[10, 11, 1], [12]])
+    results = []
+    for score in (trainer._token_logps, partial(GRPOTrainer._get_per_token_logps_and_entropies, trainer)):
+        trainer.model.zero_grad()
+        with trainer.roles.trunk_given(rollout.trunk):
+            kwargs = {} if score == trainer._token_logps else {"compute_entropy": True}
+            logps, entropies = score(trainer.model, rollout.input_ids, rollout.attention_mask, 3, **kwargs)[:2]
+        (logps * rollout.mask).sum().backward()
+        grads = [p.grad.clone() for p in trainer.roles.trained[POLICY]]
+        results.append([logps.detach()[rollout.mask], entropies.detach()[rollout.mask], *grads])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_completions_are_sampled_from_the_adapter_being_trained(make_trainer):
