@@ -62,7 +62,9 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 def main(cfg: DictConfig) -> None:
     """Open the stage, and train unless it is finished."""
     before = ["sft"] * (cfg.start == "sft") + ["rm"] * (cfg.reward.model == "run")
-    with Stage.open(cfg, "ppo", predecessors=before, data_fingerprint=data.describe(cfg.data, "prompts")) as stage:
+    parts = ["prompts"] + ["sft"] * ("ptx_coef" in cfg.training and cfg.training.ptx_coef > 0)
+    read = {part: data.describe(cfg.data, part) for part in parts}
+    with Stage.open(cfg, "ppo", predecessors=before, data_fingerprint=read) as stage:
         terminal.say(stage.message)
         if stage.state != "skip":
             train(cfg, stage)

@@ -229,7 +229,7 @@ def embedded():
 def test_policies_are_compared_on_the_same_prompts_with_the_same_noise(embedded):
     cfg, roles, tokenizer = embedded()
     found = evaluation.changes(cfg, roles, tokenizer, {"base": None, "sft": POLICY, "again": POLICY})
-    assert [*found.figures] == ["base", "sft", "again"]
+    assert [*found.figures] == ["base", "sft", "again", "change"]
     assert found.figures["again"] == found.figures["sft"]
     assert found.figures["sft"]["KL to SFT"] == (0, 0)
     assert found.figures["base"]["KL to SFT"].mean > 0.1
@@ -237,6 +237,18 @@ def test_policies_are_compared_on_the_same_prompts_with_the_same_noise(embedded)
     assert [row["prompt"] for row in found.samples] == [row["prompt"] for row in evaluation.heldout_prompts(cfg)]
     assert all(row["sft"] == row["again"] for row in found.samples)
     assert any(row["sft"] != row["base"] for row in found.samples)
+
+
+def test_the_change_is_measured_prompt_by_prompt(embedded):
+    """Its interval is that of the differences, which is 0 between equal policies however prompts differ."""
+    cfg, roles, tokenizer = embedded()
+    same = evaluation.changes(cfg, roles, tokenizer, {"sft": POLICY, "again": POLICY}).figures
+    assert same["sft"]["length"].half_width > 0
+    assert same["change"]["length"] == same["change"]["KL to SFT"] == (0, 0)
+    found = evaluation.changes(cfg, roles, tokenizer, {"base": None, "sft": POLICY}).figures
+    for measure in ("length", "EOS", "helpful", "gold"):
+        wanted = found["sft"][measure].mean - found["base"][measure].mean
+        assert found["change"][measure].mean == pytest.approx(wanted, abs=1e-9)
 
 
 def test_the_figures_are_those_of_the_samples(embedded):
