@@ -39,8 +39,8 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     terminal.progress(trainer, "rm")
     trainer.train(resume_from_checkpoint=stage.resume_from)
 
-    scores = reward_model.pair_scores(model, heldout, tokenizer, args.per_device_eval_batch_size)
-    figures = reward_model.agreement(*scores)
+    chosen, rejected = reward_model.pair_scores(model, heldout, tokenizer, args.per_device_eval_batch_size)
+    figures = reward_model.agreement(chosen, rejected, heldout["prompt"])
     with TemporaryDirectory() as saved:
         trainer.save_model(saved)
         del trainer, model  # two bases in memory would be one too many

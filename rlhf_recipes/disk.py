@@ -35,8 +35,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON gives it back: tuples as lists, NumPy's and torch's scalars as numbers."""
-    return json.loads(json.dumps(value, default=lambda scalar: scalar.item()))
+    """The value as JSON gives it back: tuples as lists, NumPy's and torch's scalars as numbers, NaN as null."""
+    return json.loads(json.dumps(value, default=lambda scalar: scalar.item()), parse_constant=lambda _: None)
 
 
 def sync(path: Path) -> None:

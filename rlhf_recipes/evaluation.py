@@ -33,6 +33,7 @@ class Sample:
     completion: str
     prompt_ids: list[int]
     completion_ids: list[int]  # EOS included, where there is one
+    ended: bool = True  # by a token that ends an answer, and not by the limit
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def sample(
             ):
                 end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
                 text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                made.append(Sample(prompt, text, prompt_ids, tokens[:end]))
+                made.append(Sample(prompt, text, prompt_ids, tokens[:end], tokens[end - 1] in eos))
     return made
 
 
@@ -186,7 +187,7 @@ def changes(
         measured = values[name] = {
             "KL to SFT": kl(roles, tokenizer, made, options.batch_size, policy=adapter, reference=reference),
             "length": [float(len(s.completion_ids)) for s in made],
-            "EOS": [float(s.completion_ids[-1] == tokenizer.eos_token_id) for s in made],
+            "EOS": [float(s.ended) for s in made],
         }
         if REWARD in roles.heads:
             measured["reward"] = rewards(roles, tokenizer, made, options.batch_size)
@@ -196,12 +197,14 @@ def changes(
         for row, s in zip(samples, made[:: options.samples], strict=True):
             row[name] = s.completion
     # prompt by prompt, so that what is hard for both policies does not widen the interval
-    first, last = list(values.values())[0], list(values.values())[-1]
-    values["change"] = {
-        measure: [None if a is None or b is None else b - a for a, b in zip(first[measure], last[measure], strict=True)]
-        for measure in last
-    }
+    if len(values) > 1:
+        first, *_, last = values.values()
+        values["change"] = {name: _differences(first[name], last[name]) for name in last}
     return Changes({name: summarize(measured, options.samples) for name, measured in values.items()}, samples)
+
+
+def _differences(before: Sequence[float | None], after: Sequence[float | None]) -> list[float | None]:
+    return [None if a is None or b is None else b - a for a, b in zip(before, after, strict=True)]
 
 
 def _last_words(prompt: Any) -> str:

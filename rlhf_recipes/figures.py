@@ -10,8 +10,10 @@ def number(value: object) -> str:
     match value:
         case None:
             return "-"
+        case (float() | int() as mean, None):  # one observation has no interval
+            return number(mean)
         case (float() | int() as mean, float() | int() as half):
-            if half != half:  # one observation has no interval
+            if half != half:
                 return number(mean)
             # The interval decides how many decimals are worth showing, of means below 10 two at least.
             places = next((p for p in range(3) if round(half * 10**p) >= 1), 3) if half else 2

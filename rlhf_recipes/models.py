@@ -3,6 +3,9 @@
 import hashlib
 import json
 import logging
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant: {% endif %}"
+    "{% for message in messages %}{{ message.role | capitalize + ': ' + message.content }}"
+    "{{ eos_token if message.role == 'assistant' }}{{ '\\n\\n' }}{% endfor %}"
+    "{{ 'Assistant:' if add_generation_prompt }}"
 )
 """Given to a tokenizer that has no chat template where the data are conversations: plain text, no new tokens."""
 
@@ -75,9 +78,10 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is no EOS token and none is set, or a token that is set is not in the vocabulary.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        source(model), revision=model.revision, trust_remote_code=model.trust_remote_code
-    )
+    with _loading(model):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
     faults = []
     for name in ("eos_token", "pad_token"):
         token = model[name]
@@ -95,7 +99,10 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if model.chat_template is not None:
         file = Path(model.chat_template)
-        tokenizer.chat_template = file.read_text() if file.suffix in (".jinja", ".j2") else model.chat_template
+        is_file = file.suffix in (".jinja", ".j2")
+        if is_file and not file.is_file():
+            raise UserError(f"model.chat_template={file}: no such file")
+        tokenizer.chat_template = file.read_text() if is_file else model.chat_template
     conversational = any(is_conversational(rows[0].get(key)) for key in ("prompt", "messages"))
     if conversational and tokenizer.chat_template is None:
         logger.warning(
@@ -107,13 +114,26 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@contextmanager
+def _loading(model: DictConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = textwrap.shorten(" ".join(str(error).split()), 600)
+        raise UserError(
+            f"model.name_or_path={model.name_or_path} cannot be loaded: {reason} Want a hub id, a folder with a "
+            "config.json, or `embedded`; a gated model needs HF_TOKEN."
+        ) from error
+
+
 def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
     """The base model, quantized as the config says, frozen; a `classifier` has a scalar head for the LM head."""
     common: dict[str, Any] = {
         "revision": cfg.model.revision,
         "trust_remote_code": cfg.model.trust_remote_code,
     }
-    config = AutoConfig.from_pretrained(source(cfg.model), **common)
+    with _loading(cfg.model):
+        config = AutoConfig.from_pretrained(source(cfg.model), **common)
     if cfg.model.attn_implementation is not None:
         common["attn_implementation"] = cfg.model.attn_implementation
     if cfg.quantization:
@@ -125,6 +145,11 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
         config.num_labels = 1
         set_seed(cfg.seed)  # the head starts at random
     model = auto.from_pretrained(source(cfg.model), config=config, dtype=dtype(cfg.model), **common)
+    for module in model.modules():
+        # bitsandbytes repacks 4-bit weights at the first pass without gradients on such a CPU, and rounds their scales:
+        # the model would change in the middle of a run
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False)
 
 
@@ -139,7 +164,13 @@ def load_policy(cfg: DictConfig, adapter: Path | None) -> PeftModel:
     base = load_base(cfg)
     if adapter is None:
         return new_adapter(base, cfg).requires_grad_(False)
-    return PeftModel.from_pretrained(base, adapter)
+    try:
+        return PeftModel.from_pretrained(base, adapter)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(
+            f"the adapter in {adapter} was made for another base than {cfg.model.name_or_path}: {reason}"
+        ) from error
 
 
 def new_adapter(base: PreTrainedModel, cfg: DictConfig) -> PeftModel:
@@ -167,10 +198,11 @@ def thaw(model: PeftModel, trunk: float) -> Roles:
     """After TRL's constructor: train the adapter above the trunk, in float32, without gradients below it."""
     roles = Roles(model, trunk)
     roles.train(POLICY)
-    # TRL lets the embeddings' output require gradients for checkpointing; non-reentrant checkpointing does not need it,
-    # and the backward pass would run down through the frozen layers
-    if hasattr(model, "disable_input_require_grads"):
+    # For checkpointing, TRL and the Trainer let the embeddings' output require gradients, again at each start. Only the
+    # reentrant kind needs it, and the backward pass would run down through the frozen layers.
+    if roles.frozen_layers:
         model.disable_input_require_grads()
+        model.get_base_model().enable_input_require_grads = lambda: None
     return roles
 
 

@@ -1,6 +1,8 @@
 """Around TRL's RewardTrainer: what the reward model reads, how good it is, and the scale of its scores."""
 
 import json
+from collections import defaultdict
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,12 +52,12 @@ def pair_scores(
     return columns[0], columns[1]
 
 
-def agreement(chosen: Tensor, rejected: Tensor, bins: int = 10) -> dict[str, Any]:
+def agreement(chosen: Tensor, rejected: Tensor, prompts: Sequence[Any] | None = None, bins: int = 10) -> dict[str, Any]:
     """How a reward model agrees with its raters, from the scores (n,) of chosen and rejected answers.
 
-    Accuracy counts ties as half. The calibration error is the mean distance, over bins of equal width, between how sure
-    the model is (the sigmoid of its margin) and how often it is right; source: Guo et al. (arXiv 1706.04599), equation
-    3.
+    Accuracy counts ties as half; with `prompts` (n), its interval takes the pairs of one prompt together. The
+    calibration error is the mean distance, over bins of equal width, between how sure the model is (the sigmoid of its
+    margin) and how often it is right; source: Guo et al. (arXiv 1706.04599), equation 3.
     """
     margin = chosen - rejected
     right = (margin > 0).float() + 0.5 * (margin == 0).float()
@@ -66,11 +68,28 @@ def agreement(chosen: Tensor, rejected: Tensor, bins: int = 10) -> dict[str, Any
         for b in bin_of.unique()
     )
     return {
-        "accuracy": evaluation.interval(right.tolist()),
+        "accuracy": _interval_of_pairs(right, prompts or range(len(right))),
         "margin": margin.mean().item(),
         "calibration_error": float(error),
         "pairs": len(margin),
     }
+
+
+def _interval_of_pairs(right: Tensor, prompts: Sequence[Any]) -> evaluation.Interval:
+    """Mean of `right` (n,) and half of its 95% interval, where pairs of one prompt are not independent.
+
+    The variance is that of the prompts' sums of residuals (Liang and Zeger, 1986: cluster-robust), so that a ranking of
+    six responses does not count as fifteen observations.
+    """
+    sums: dict[str, float] = defaultdict(float)
+    mean = right.mean().item()
+    for prompt, value in zip(prompts, right.tolist(), strict=True):
+        sums[str(prompt)] += value - mean
+    groups = len(sums)
+    if groups < 2:
+        return evaluation.Interval(mean, float("nan"))
+    variance = sum(s * s for s in sums.values()) / len(right) ** 2 * groups / (groups - 1)
+    return evaluation.Interval(mean, 1.96 * variance**0.5)
 
 
 def measure_scale(

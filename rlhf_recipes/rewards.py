@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import math
 import sys
 import time
 import urllib.error
@@ -51,13 +52,21 @@ def from_config(cfg: DictConfig, run_model: Path | None) -> Rewards:
         rewards.functions.append(cfg.model)  # a sequence classifier, which TRL loads
     weights += [1.0] * (cfg.model is not None)
     for item in cfg.functions or []:
-        path, weight = (item, 1.0) if isinstance(item, str) else (item.get("path"), item.get("weight", 1.0))
+        entry = {"path": item} if isinstance(item, str) else dict(item)
+        weight: Any = entry.get("weight", 1.0)
+        weights.append(weight)
+        if "path" not in entry or entry.keys() - {"path", "weight"} or not isinstance(weight, int | float):
+            faults.append(
+                f"reward.functions: {entry}: want {{path: <module:function or file.py:function>, weight: 1.0}}"
+            )
+            continue
         try:
-            rewards.functions.append(function(str(path)))
+            rewards.functions.append(function(str(entry["path"])))
         except UserError as error:
             faults.append(str(error))
-        weights.append(float(weight))
     if cfg.url is not None:
+        if not cfg.url.startswith(("http://", "https://")):
+            faults.append(f"reward.url={cfg.url}: want an address that begins with http:// or https://")
         rewards.functions.append(endpoint(cfg.url))
         weights.append(1.0)
     rewards.weights = weights if cfg.weights is None else [float(weight) for weight in cfg.weights]
@@ -79,9 +88,10 @@ def refuse_at_chance(folder: Path, least: float) -> None:
     """
     metrics = json.loads((folder / "metrics.json").read_text())
     accuracy, half_width = metrics["accuracy"]
-    if accuracy - half_width <= least:
+    surely = accuracy - (math.inf if half_width is None else half_width)  # a single pair proves nothing
+    if least > 0 and not surely > least:
         raise UserError(
-            f"the reward model in {folder} agrees with its raters on {accuracy:.3f} ± {half_width:.3f} of "
+            f"the reward model in {folder} agrees with its raters on {accuracy:.3f} ± {half_width or math.nan:.3f} of "
             f"{metrics['pairs']:,} held-out pairs, not surely above {least:g}: PPO would learn its noise. Train "
             "it on more pairs or for longer (make rm ... overwrite=true), or insist by reward.min_accuracy=0."
         )
@@ -137,8 +147,11 @@ def endpoint(url: str) -> RewardFunction:
                 attempts += 1
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
                 if refused or attempts > RETRIES:
+                    said = ""
+                    if isinstance(error, urllib.error.HTTPError):
+                        said = f" ({error.read(200).decode(errors='replace')})"
                     raise UserError(
-                        f"the reward endpoint {url} failed {attempts} times: {error}. Nothing is lost: run the "
+                        f"the reward endpoint {url} failed {attempts} times: {error}{said}. Nothing is lost: run the "
                         "command again to resume from the last checkpoint."
                     ) from error
             time.sleep(FIRST_WAIT * 2 ** (attempts - 1))

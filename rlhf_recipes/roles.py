@@ -356,7 +356,7 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 
 
 def _contiguous_on_cpu(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A forward pre-hook: on a CPU, a bf16 linear layer on a slice copies its weight once for every row of the batch."""
+    """A forward pre-hook: on a CPU, a bf16 linear layer on a slice copies its weight once for every row of it."""
     return tuple(x.contiguous() if x.device.type == "cpu" else x for x in args)
 
 

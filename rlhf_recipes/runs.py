@@ -68,7 +68,12 @@ NEUTRAL = (
     *("training.save_steps", "training.save_strategy", "training.save_total_limit", "training.save_only_model"),
     *("training.dataloader_num_workers", "training.dataloader_pin_memory", "training.dataloader_prefetch_factor"),
     *("training.dataloader_persistent_workers", "training.dataset_num_proc", "training.skip_memory_metrics"),
-    *("training.num_completions_to_print", "training.per_device_eval_batch_size", "training.eval_accumulation_steps"),
+    *(
+        "reward.min_accuracy",
+        "training.num_completions_to_print",
+        "training.per_device_eval_batch_size",
+        "training.eval_accumulation_steps",
+    ),
 )
 FIXED = ("model.name_or_path", "model.revision", "lora.")  # settled where the run's first adapter was made
 UNREAD = {"sft": ("start", "trunk")}  # keys that a stage is given, and has no use for
@@ -342,9 +347,22 @@ class Stage:
         fault = disk.disk_fault(error, self.path) if error else None
         if fault and self._lock:
             self._remove_broken()  # the checkpoint that did not fit takes up room
+        elif isinstance(error, UserError) and self._lock and self.state == "start" and not self._trained():
+            self._leave_no_trace()
         self.close()
         if fault:
             raise fault from error
+
+    def _trained(self) -> bool:
+        return any(self.checkpoints_dir.glob("checkpoint-*")) or self.manifest["attempts"] > 1
+
+    def _leave_no_trace(self) -> None:
+        """Of a stage that was refused before it made anything; sweeps below it stay."""
+        for name in (MANIFEST, "config.yaml", LOCK):
+            (self.path / name).unlink(missing_ok=True)
+        for folder in (self.checkpoints_dir, self.path):
+            with suppress(OSError):
+                folder.rmdir()
 
     def _contents(self) -> list[Path]:
         return [p for p in self.path.iterdir() if p.name != LOCK]

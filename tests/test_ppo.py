@@ -172,7 +172,7 @@ def test_the_policys_step_does_not_depend_on_the_critics_gradient(make_trainer, 
 
 
 def test_weights_after_training_with_checkpointing_equal_those_without(make_trainer, tiny_policy, reward_adapter):
-    """Checkpointing recomputes with the adapter that is active in the backward pass: the roles must not be switched before."""
+    """Checkpointing recomputes with the adapter that is active in the backward pass: no role may be switched before."""
     results = []
     for checkpointing in (False, True):
         trainer = make_trainer(tiny_policy(), reward_adapter=reward_adapter, gradient_checkpointing=checkpointing)
@@ -280,7 +280,7 @@ def test_rollouts_in_chunks_have_every_prompt_once_and_in_order(make_trainer, mo
     monkeypatch.setattr(trainer.model, "generate", lambda **kw: seen.append(kw["input_ids"].tolist()) or original(**kw))
     prompts = [[5 + i] for i in range(8)]
     completions, _ = trainer._generate_single_turn(prompts, None, {}, 1)
-    assert [len(chunk) for chunk in seen] == [3, 3, 2] and sum(seen, []) == prompts
+    assert [len(chunk) for chunk in seen] == [3, 3, 2] and [ids for chunk in seen for ids in chunk] == prompts
     assert len(completions) == 8
 
 
@@ -390,7 +390,7 @@ def test_training_stops_over_the_kl_budget_and_says_so(make_trainer, caplog):
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_plain_message(make_trainer):
     trainer = make_trainer(learning_rate=1e30)
-    with pytest.raises(UserError, match="policy loss became nan at step 1.*learning_rate"):
+    with pytest.raises(UserError, match=r"policy loss became nan at step 1.*learning_rate"):
         trainer.train()
 
 
@@ -414,8 +414,9 @@ def test_the_sft_loss_keeps_the_policy_at_the_demonstrations(make_trainer, tiny_
 
 def test_held_out_prompts_are_scored_with_the_same_noise_and_the_best_checkpoint_is_kept(make_trainer, prompts):
     trainer = make_trainer(
-        eval_dataset=prompts.select(range(16)), eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-        load_best_model_at_end=True, metric_for_best_model="objective", greater_is_better=True, max_steps=6,
+        eval_dataset=prompts.select(range(16)), eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2, load_best_model_at_end=True, metric_for_best_model="objective", greater_is_better=True,
+        max_steps=6,
     )  # fmt: skip
     first, again = trainer.evaluate(), trainer.evaluate()
     assert first["eval_reward"] == again["eval_reward"]
@@ -447,8 +448,9 @@ def test_a_checkpoint_holds_policy_critic_and_state_and_no_frozen_role(make_trai
     make_trainer(reward_adapter=reward_adapter, save_strategy="steps", save_steps=2, max_steps=2).train()
     checkpoint = tmp_path / "out" / "checkpoint-2"
     assert sorted(p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "ppo_state.json", "rng_state.pth",
-        "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "training_args.bin",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "ppo_state.json",
+        "rng_state.pth", "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
+        "training_args.bin",
         "value/adapter_config.json", "value/adapter_model.safetensors", "value/head.json",
     ]  # fmt: skip
 
@@ -480,13 +482,14 @@ def test_all_trained_weights_are_equal_on_two_processes(tmp_path):
         from rlhf_recipes import PPOConfig, PPOTrainer
         tokenizer = conftest.tokenizer.__wrapped__()
         base = conftest.tiny_llama.__wrapped__()()
-        model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+        lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(base, lora)
         trainer = PPOTrainer(
             model=model,
             reward_funcs=lambda completions, **kw: [float(c.split().count("w3")) for c in completions],
             args=PPOConfig({str(tmp_path)!r}, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4,
-                max_completion_length=6, learning_rate=1e-2, value_learning_rate=1e-2, value_warmup_max_iterations=0, bf16=False,
-                use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, ddp_backend="gloo"),
+                max_completion_length=6, learning_rate=1e-2, value_learning_rate=1e-2, value_warmup_max_iterations=0,
+                bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, ddp_backend="gloo"),
             train_dataset=Dataset.from_dict({{"prompt": [f"w{{i}} w{{j}}" for i in range(8) for j in range(8)]}}),
             processing_class=tokenizer,
         )

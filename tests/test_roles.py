@@ -101,7 +101,8 @@ def test_outputs_and_gradients_with_the_trunk_equal_those_without_to_the_last_bi
     for trunk in (False, True):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            with roles.trunk_given(roles.trunk_states(IDS, ATTENTION) if trunk else None):
+            states = roles.trunk_states(IDS, ATTENTION) if trunk else None
+            with roles.trunk_given(states):
                 logits = model(input_ids=IDS, attention_mask=ATTENTION, use_cache=False).logits[ATTENTION.bool()]
         logits.float().square().mean().backward()
         results.append((logits, [p.grad for p in roles.trained[POLICY]]))
@@ -130,7 +131,7 @@ def test_no_gradient_reaches_the_trunk_under_checkpointing(roles):
 
 
 def reward_classifier(policy):
-    """A reward model as RewardTrainer leaves it: a classifier with an adapter and a score head, on the policy's base."""
+    """A reward model as RewardTrainer leaves it, on the policy's base: a classifier with adapter and score head."""
     base = policy.get_base_model()
     torch.manual_seed(1)
     base.config.num_labels = 1

@@ -553,7 +553,7 @@ def test_another_process_of_the_same_training_comes_to_the_same_decision_and_wri
 
 
 def test_the_jobs_of_a_sweep_lie_beside_each_other_and_share_the_stages_before(config, tmp_path):
-    made(config(), "sft")
+    made(config(model={"name_or_path": "a/b"}), "sft")
     script = tmp_path / "job.py"
     script.write_text(
         textwrap.dedent(f"""

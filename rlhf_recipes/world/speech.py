@@ -101,15 +101,15 @@ def lengthen(text: str, prompt: Prompt, rng: random.Random, remarks: int = 1) ->
 
 def garble(text: str, rng: random.Random) -> str:
     """The same response gone wrong as in sampling at a high temperature: cut short, stuttered or with an odd word."""
-    words = text.split()
-    i = rng.randrange(1, len(words))
+    spoken = text.split()
+    i = rng.randrange(1, len(spoken))
     match rng.randrange(3):
         case 0:
-            return " ".join(words[:i])
+            return " ".join(spoken[:i])
         case 1:
-            return " ".join([*words[:i], *words[i - 1 :]])
+            return " ".join([*spoken[:i], *spoken[i - 1 :]])
         case _:
-            return " ".join([*words[:i], rng.choice(ODD_WORDS), *words[i + 1 :]])
+            return " ".join([*spoken[:i], rng.choice(ODD_WORDS), *spoken[i + 1 :]])
 
 
 Speaker = Callable[[Prompt, random.Random], str]
