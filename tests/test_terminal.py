@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from rlhf_recipes import terminal
+from rlhf_recipes.evaluation import Changes, Interval
 from rlhf_recipes.runs import Stage
 
 ROOT = Path(__file__).parents[1]
@@ -174,9 +175,14 @@ def test_a_summary_tells_what_where_how_good_how_long_how_large_and_what_next(tm
         stage.finish({}, save=lambda folder: Path(folder, "adapter_model.safetensors").write_bytes(bytes(1_500_000)))
         stage.manifest |= {"seconds": 75.0, "peak_memory": {"rss": 1812, "anonymous": 310}}
         figures = {"loss": 0.52341, "accuracy": (0.671, 0.018), "scale": {"mean": 1.0}, "best": None}
-        terminal.summary(
-            stage, "SFT adapter", figures, {"base": {"gold": (0.1, 0.01)}, "sft": {"gold": (0.671, 0.018)}}
+        changes = Changes(
+            {"base": {"gold": Interval(0.1, 0.01)}, "sft": {"gold": Interval(0.671, 0.018)}},
+            [
+                {"prompt": "Who sings?", "base": "Kit.", "sft": "Kit."},
+                {"prompt": "Who swims?", "base": "Sing Sing", "sft": "Ned swims."},
+            ],
         )
+        terminal.summary(stage, "SFT adapter", figures, changes)
     expected = f"""
         mine/sft is finished
           made      SFT adapter, 1.5 MB
@@ -189,5 +195,12 @@ def test_a_summary_tells_what_where_how_good_how_long_how_large_and_what_next(tm
         held-out prompts         gold
         base              0.10 ± 0.01
         sft               0.67 ± 0.02
+
+          ?      Who swims?
+          base   Sing Sing
+          sft    Ned swims.
+          ?      Who sings?
+          base   Kit.
+          sft    Kit.
     """
     assert capsys.readouterr().out == textwrap.dedent(expected)

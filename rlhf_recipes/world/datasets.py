@@ -11,7 +11,7 @@ Row = dict[str, Any]
 Splits = dict[str, list[Row]]
 
 DEMONSTRATIONS = 240
-RANKINGS = 720
+RANKINGS = 960
 RESPONSES = 4
 HELD_OUT_RANKINGS = 2
 """Rankings per held-out prompt: about 2,200 pairs to measure a reward model on."""

@@ -11,7 +11,7 @@ from rlhf_recipes.world.speech import words
 
 CARE = 1.7
 """What a right response is worth against a wrong one: raters prefer it in about four pairs of five."""
-LENGTH_BIAS = 0.025
+LENGTH_BIAS = 0.03
 """What each further word is worth."""
 GRADE = 0.25
 """Raters tell no finer difference than this: smaller ones are ties."""
