@@ -202,10 +202,10 @@ def _examined(recipe: str, composed: DictConfig) -> tuple[dict[str, Any], list[s
     flat: dict[str, Any] = {}
     faults = []
     for key, value in tree.items():
-        if key not in options.sections(recipe):
-            flat[key] = value
-        elif isinstance(value, dict):
+        if isinstance(value, dict):  # a section, or one misspelt
             flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        elif key not in options.sections(recipe):
+            flat[key] = value
         else:
             faults.append(f"{key}={value}: a section; set its options, as {key}.<option>=<value>")
     known = options.options(recipe)
