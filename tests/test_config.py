@@ -83,7 +83,7 @@ def test_a_recipe_that_mistypes_a_key_of_its_config_fails() -> None:
 
 
 def test_the_embedded_model_brings_its_own_training_values_and_another_model_does_not() -> None:
-    assert compose("ppo").training.beta == 0.2
+    assert compose("ppo").training.beta == 0.25
     assert "beta" not in compose("ppo", ["model=qwen2.5-0.5b"]).training
     assert compose("ppo", ["model=qwen2.5-7b", "hardware=8gb"]).training.per_device_train_batch_size == 2
     assert compose("ppo", ["training.beta=0.1"]).training.beta == 0.1
