@@ -215,7 +215,7 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
     if values.get("training.fp16") and values.get("training.bf16"):
         found.append("training.fp16 and training.bf16 exclude each other")
     if values.get("training.use_vllm") and (four_bits or eight_bits):
-        found.append("training.use_vllm: vLLM cannot take the packed weights of a quantised base; quantization=none")
+        found.append("training.use_vllm: vLLM cannot take the packed weights of a quantized base; quantization=none")
     if not 0 <= values.get("trunk", 0) < 1:
         found.append(f"trunk={values['trunk']}: at least 0 and below 1")
     if "reward.model" in values and not any(values.get(f"reward.{source}") for source in ("model", "functions", "url")):
