@@ -20,7 +20,8 @@ def run(code, at_a_terminal=False):
     """Run code in a process of its own, as a recipe does; its output, and what it wrote to stderr."""
     head = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom rlhf_recipes import terminal\nterminal.quiet()\n"
     command = [sys.executable, "-c", head + textwrap.dedent(code)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TQDM_")}
+    # where CI is set, transformers hands its logs on to the root logger from the start, beside printing them
+    environment = {k: v for k, v in os.environ.items() if k != "CI" and not k.startswith("TQDM_")}
     if not at_a_terminal:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stderr
