@@ -17,7 +17,7 @@ from rlhf_recipes.runs import Stage
 
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
-    rows = data.load(cfg.data, "preferences", cfg.seed)
+    rows, asked = data.load(cfg.data, "preferences", cfg.seed), data.heldout_prompts(cfg)
     from trl import DPOConfig, DPOTrainer
 
     from rlhf_recipes import evaluation, models
@@ -38,7 +38,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     evaluated = trainer.evaluate()
     figures = {name: evaluated[f"eval_rewards/{name}"] for name in ("accuracies", "margins")}
-    changes = evaluation.changes(cfg, roles, tokenizer, {cfg.start: REFERENCE, "dpo": POLICY})
+    changes = evaluation.changes(cfg, asked, roles, tokenizer, {cfg.start: REFERENCE, "dpo": POLICY})
     stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples)
     terminal.summary(stage, "DPO adapter", figures, changes)
     return figures | changes.figures

@@ -18,41 +18,27 @@ from rlhf_recipes.runs import Stage
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     reward = rewards.from_config(cfg.reward, stage.adapter("rm"))
-    if "rm" in stage.predecessors:
-        rewards.refuse_at_chance(stage.predecessors["rm"].path, cfg.reward.min_accuracy)
     rows = data.load(cfg.data, "prompts", cfg.seed)
-    from datasets import Dataset
-
+    asked = data.heldout_prompts(cfg, rows.test)
+    taught = data.load(cfg.data, "sft", cfg.seed).train if "ptx_coef" in cfg.training else None
     from rlhf_recipes import PPOConfig, PPOTrainer, evaluation, models
     from rlhf_recipes.roles import POLICY, REFERENCE
 
-    options = {
-        "output_dir": stage.checkpoints_dir,
-        "seed": cfg.seed,
-        "trunk": cfg.trunk,
-        "reward_weights": reward.weights,
-    }
-    args = build(PPOConfig, cfg.training, **options, **models.precision(cfg))
+    set_here = {"output_dir": stage.checkpoints_dir, "seed": cfg.seed, "trunk": cfg.trunk}
+    args = build(PPOConfig, cfg.training, reward_weights=reward.weights, **set_here, **models.precision(cfg))
     data.check_batch(len(rows.train), args.generation_batch_size)
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
     policy = models.load_policy(cfg, stage.adapter("sft"))
     stage.check_base(models.fingerprint(policy))
 
     trainer = PPOTrainer(
-        policy,
-        reward.functions,
-        args,
-        train_dataset=rows.train,
-        eval_dataset=Dataset.from_list(evaluation.heldout_prompts(cfg)) if args.do_eval else None,
-        processing_class=tokenizer,
-        reward_adapter=reward.adapter,
-        ptx_dataset=data.load(cfg.data, "sft", cfg.seed).train if args.ptx_coef else None,
+        policy, reward.functions, args, rows.train, asked, tokenizer, reward_adapter=reward.adapter, ptx_dataset=taught
     )
     terminal.progress(trainer, "ppo")
     trainer.train(resume_from_checkpoint=stage.resume_from)
 
     figures = {"objective": trainer.state.best_metric, "stopped": trainer.stop_reason}
-    changes = evaluation.changes(cfg, trainer.roles, tokenizer, {cfg.start: REFERENCE, "ppo": POLICY})
+    changes = evaluation.changes(cfg, asked, trainer.roles, tokenizer, {cfg.start: REFERENCE, "ppo": POLICY})
     stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples)
     terminal.summary(stage, "PPO adapter and critic", figures, changes)
     return figures | changes.figures
@@ -62,7 +48,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 def main(cfg: DictConfig) -> None:
     """Open the stage, and train unless it is finished."""
     before = ["sft"] * (cfg.start == "sft") + ["rm"] * (cfg.reward.model == "run")
-    parts = ["prompts"] + ["sft"] * ("ptx_coef" in cfg.training and cfg.training.ptx_coef > 0)
+    parts = ["prompts"] + ["sft"] * ("ptx_coef" in cfg.training)
     read = {part: data.describe(cfg.data, part) for part in parts}
     with Stage.open(cfg, "ppo", predecessors=before, data_fingerprint=read) as stage:
         terminal.say(stage.message)

@@ -7,11 +7,6 @@ It starts from the SFT adapter, whose lower layers (`trunk`) stay as they are, s
 RewardTrainer: Bradley-Terry, with margins where the data have them.
 """
 
-from functools import partial
-from pathlib import Path
-from shutil import copytree
-from tempfile import TemporaryDirectory
-
 from omegaconf import DictConfig
 
 from rlhf_recipes import data, terminal
@@ -30,8 +25,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
     pairs, heldout = (reward_model.tokenize(part, tokenizer) for part in (rows.train, rows.test))
     terminal.say(data.check_lengths(pairs, tokenizer, "rm", args.max_length))
-    sft = stage.adapter("sft")
-    model = models.load_reward_model(cfg, sft)
+    model = models.load_reward_model(cfg, stage.adapter("sft"))
     stage.check_base(models.fingerprint(model))
 
     trainer = RewardTrainer(model, args, train_dataset=pairs, eval_dataset=heldout, processing_class=tokenizer)
@@ -41,12 +35,12 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     chosen, rejected = reward_model.pair_scores(model, heldout, tokenizer, args.per_device_eval_batch_size)
     figures = reward_model.agreement(chosen, rejected, heldout["prompt"])
-    with TemporaryDirectory() as saved:
-        trainer.save_model(saved)
-        del trainer, model  # two bases in memory would be one too many
-        policy = models.load_policy(cfg, sft)
-        figures["scale"] = reward_model.measure_scale(cfg, policy, tokenizer, rows.train, Path(saved))
-        stage.finish(figures, save=partial(copytree, saved, dirs_exist_ok=True))
+    trainer.save_model(stage.saving)
+    trainer.accelerator.wait_for_everyone()
+    del trainer, model  # two bases in memory would be one too many
+    policy = models.load_policy(cfg, stage.adapter("sft"))
+    figures["scale"] = reward_model.measure_scale(cfg, policy, tokenizer, rows.train, stage.saving)
+    stage.finish(figures)
     terminal.summary(stage, "reward model", figures)
     return figures
 

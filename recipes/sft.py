@@ -15,7 +15,7 @@ from rlhf_recipes.runs import Stage
 
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
-    rows = data.load(cfg.data, "sft", cfg.seed)
+    rows, asked = data.load(cfg.data, "sft", cfg.seed), data.heldout_prompts(cfg)
     from trl import SFTConfig, SFTTrainer
 
     from rlhf_recipes import evaluation, models
@@ -33,7 +33,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     trainer.train(resume_from_checkpoint=stage.resume_from)
 
     figures = {"loss": trainer.evaluate()["eval_loss"]}
-    changes = evaluation.changes(cfg, roles, tokenizer, {"base": None, "sft": POLICY})
+    changes = evaluation.changes(cfg, asked, roles, tokenizer, {"base": None, "sft": POLICY})
     stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples)
     terminal.summary(stage, "SFT adapter", figures, changes)
     return figures | changes.figures

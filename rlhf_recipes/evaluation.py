@@ -6,12 +6,13 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes import data, world
-from rlhf_recipes.advantages import kl_estimate
-from rlhf_recipes.formats import render_prompt
+from rlhf_recipes.data.formats import render_prompt
+from rlhf_recipes.ppo.advantages import kl_estimate
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Episodes, Roles
 
 GOLD = ("helpful", "honest", "harmless")
@@ -40,7 +41,7 @@ class Sample:
 def sample(
     roles: Roles,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Mapping[str, Any]],
+    prompts: Iterable[Mapping[str, Any]],
     *,
     samples: int,
     max_new_tokens: int,
@@ -155,20 +156,22 @@ class Changes:
 
 
 def changes(
-    cfg: DictConfig, roles: Roles, tokenizer: PreTrainedTokenizerBase, policies: Mapping[str, str | None]
+    cfg: DictConfig,
+    asked: Dataset | None,
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    policies: Mapping[str, str | None],
 ) -> Changes:
     """What several policies answer to the same held-out prompts with the same noise, and how good that is.
 
-    The prompts are those of the `prompts` part of the data, the same in every stage; without such a part there is
-    nothing to compare by, and the result is empty.
-
     Args:
+        asked: what `data.heldout_prompts` gives; None where the data have no prompts, and the result is empty.
         policies: the adapter of each policy, by the name to show; None is the bare base. The KL is taken to the
             reference where there is one, and else to the policy.
     """
-    asked, options = heldout_prompts(cfg), cfg.evaluation
-    if not asked:
+    if asked is None:
         return Changes({}, [])
+    options = cfg.evaluation
     gold = world.gold if all(source.kind == "world" for source in data.parse(cfg.data, "prompts")[0]) else None
     reference = REFERENCE if REFERENCE in roles.model.peft_config else POLICY
     values: dict[str, dict[str, Sequence[float | None]]] = {}
@@ -209,14 +212,6 @@ def _differences(before: Sequence[float | None], after: Sequence[float | None]) 
 
 def _last_words(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
-def heldout_prompts(cfg: DictConfig) -> list[dict[str, Any]]:
-    """`evaluation.prompts` of the held-out prompts, the same in every stage; none where the data have no prompts."""
-    if not cfg.evaluation.prompts or cfg.data.prompts is None:
-        return []
-    rows = data.load(cfg.data, "prompts", cfg.seed).test.shuffle(seed=cfg.seed)
-    return list(rows.select(range(min(cfg.evaluation.prompts, len(rows)))))
 
 
 def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -26,8 +26,8 @@ from transformers import (
 
 from rlhf_recipes import world
 from rlhf_recipes.config import build
+from rlhf_recipes.data.formats import is_conversational
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.formats import is_conversational
 from rlhf_recipes.roles import POLICY, Roles
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes import evaluation
-from rlhf_recipes.formats import render
+from rlhf_recipes.data.formats import render
 from rlhf_recipes.roles import HEAD_FILE, POLICY, REWARD, Episodes, Roles
 
 SCALE_PROMPTS = 256

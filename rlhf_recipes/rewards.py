@@ -41,11 +41,14 @@ def from_config(cfg: DictConfig, run_model: Path | None) -> Rewards:
         run_model: folder of the run's own reward model.
 
     Raises:
-        UserError: a function or file that is not there, or not as many weights as sources; all faults in one message.
+        UserError: a function or file that is not there, not as many weights as sources, or a reward model at chance;
+            all faults in one message.
     """
     rewards, faults, weights = Rewards(), [], []
     if cfg.model == "run":
         rewards.adapter = run_model
+        if run_model is not None and (fault := at_chance(run_model, cfg.min_accuracy)):
+            faults.append(fault)
     elif cfg.model is not None and (Path(cfg.model) / "adapter_config.json").exists():
         rewards.adapter = Path(cfg.model)
     elif cfg.model is not None:
@@ -77,24 +80,23 @@ def from_config(cfg: DictConfig, run_model: Path | None) -> Rewards:
     return rewards
 
 
-def refuse_at_chance(folder: Path, least: float) -> None:
-    """Refuse a reward model that does not tell its raters' choice from the other answer, by its `metrics.json`.
+def at_chance(folder: Path, least: float) -> str | None:
+    """What is wrong with a reward model that does not tell its raters' choice from the other answer; None if it does.
 
     Args:
-        least: accuracy that has to lie below the 95% interval of the model's.
-
-    Raises:
-        UserError: with the figure, and how to insist.
+        folder: of the stage that made it, with its `metrics.json`.
+        least: accuracy that has to lie below the 95% interval of the model's; 0 asks for nothing.
     """
     metrics = json.loads((folder / "metrics.json").read_text())
     accuracy, half_width = metrics["accuracy"]
     surely = accuracy - (math.inf if half_width is None else half_width)  # a single pair proves nothing
-    if least > 0 and not surely > least:
-        raise UserError(
-            f"the reward model in {folder} agrees with its raters on {accuracy:.3f} ± {half_width or math.nan:.3f} of "
-            f"{metrics['pairs']:,} held-out pairs, not surely above {least:g}: PPO would learn its noise. Train "
-            "it on more pairs or for longer (make rm ... overwrite=true), or insist by reward.min_accuracy=0."
-        )
+    if least <= 0 or surely > least:
+        return None
+    return (
+        f"the reward model in {folder} agrees with its raters on {accuracy:.3f} ± {half_width or math.nan:.3f} of "
+        f"{metrics['pairs']:,} held-out pairs, not surely above {least:g}: PPO would learn its noise. Train it on more "
+        "pairs or for longer (make rm ... overwrite=true), or insist by reward.min_accuracy=0."
+    )
 
 
 def function(path: str) -> RewardFunction:

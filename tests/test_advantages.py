@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf_recipes.advantages import (
+from rlhf_recipes.ppo.advantages import (
     KLController,
     clipped_value_loss,
     explained_variance,

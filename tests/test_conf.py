@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_recipes import schema
-from rlhf_recipes.config import CONF, compose
-from rlhf_recipes.options import GROUPS, TRAINING, options
+from rlhf_recipes.config import CONF, compose, schema
+from rlhf_recipes.config.options import GROUPS, TRAINING, options
 
 FILES = sorted(CONF.rglob("*.yaml"))
 OWN_DATA = ["data.sft.path=a.jsonl", "data.preferences.path=b.jsonl", "data.prompts.path=c.jsonl"]

@@ -14,8 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config
 from rlhf_recipes.config import build, compose, plain, recipe
+from rlhf_recipes.config.options import DECIDED, TRAINING, options
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.options import DECIDED, TRAINING, options
 
 ARGS = ["run=first", "model=qwen2.5-0.5b", "data=ultrafeedback", "hardware=12gb", "lora.r=32", "start=model", "trunk=0"]
 
@@ -225,7 +225,7 @@ def test_build_refuses_options_that_the_class_would_ignore_in_silence() -> None:
 def test_what_the_class_refuses_is_a_user_error(name: str, override: str, message: str) -> None:
     from trl import SFTConfig
 
-    from rlhf_recipes.ppo_config import PPOConfig
+    from rlhf_recipes.ppo.config import PPOConfig
 
     classes: dict[str, Any] = {"sft": SFTConfig, "ppo": PPOConfig}
     with pytest.raises(UserError, match=f"(?s)Config refuses its options: .*{message}"):

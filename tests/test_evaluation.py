@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_recipes import evaluation
+from rlhf_recipes import data, evaluation
 from rlhf_recipes.config import compose
 from rlhf_recipes.evaluation import Interval, Sample, interval, kl, rewards, sample, summarize
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Roles
@@ -228,13 +228,15 @@ def embedded():
 
 def test_policies_are_compared_on_the_same_prompts_with_the_same_noise(embedded):
     cfg, roles, tokenizer = embedded()
-    found = evaluation.changes(cfg, roles, tokenizer, {"base": None, "sft": POLICY, "again": POLICY})
+    found = evaluation.changes(
+        cfg, data.heldout_prompts(cfg), roles, tokenizer, {"base": None, "sft": POLICY, "again": POLICY}
+    )
     assert [*found.figures] == ["base", "sft", "again", "change"]
     assert found.figures["again"] == found.figures["sft"]
     assert found.figures["sft"]["KL to SFT"] == (0, 0)
     assert found.figures["base"]["KL to SFT"].mean > 0.1
     assert {"gold", "length", "EOS"} <= found.figures["sft"].keys() and "reward" not in found.figures["sft"]
-    assert [row["prompt"] for row in found.samples] == [row["prompt"] for row in evaluation.heldout_prompts(cfg)]
+    assert [row["prompt"] for row in found.samples] == [row["prompt"] for row in data.heldout_prompts(cfg)]
     assert all(row["sft"] == row["again"] for row in found.samples)
     assert any(row["sft"] != row["base"] for row in found.samples)
 
@@ -242,10 +244,12 @@ def test_policies_are_compared_on_the_same_prompts_with_the_same_noise(embedded)
 def test_the_change_is_measured_prompt_by_prompt(embedded):
     """Its interval is that of the differences, which is 0 between equal policies however prompts differ."""
     cfg, roles, tokenizer = embedded()
-    same = evaluation.changes(cfg, roles, tokenizer, {"sft": POLICY, "again": POLICY}).figures
+    same = evaluation.changes(
+        cfg, data.heldout_prompts(cfg), roles, tokenizer, {"sft": POLICY, "again": POLICY}
+    ).figures
     assert same["sft"]["length"].half_width > 0
     assert same["change"]["length"] == same["change"]["KL to SFT"] == (0, 0)
-    found = evaluation.changes(cfg, roles, tokenizer, {"base": None, "sft": POLICY}).figures
+    found = evaluation.changes(cfg, data.heldout_prompts(cfg), roles, tokenizer, {"base": None, "sft": POLICY}).figures
     for measure in ("length", "EOS", "helpful", "gold"):
         wanted = found["sft"][measure].mean - found["base"][measure].mean
         assert found["change"][measure].mean == pytest.approx(wanted, abs=1e-9)
@@ -255,9 +259,9 @@ def test_the_figures_are_those_of_the_samples(embedded):
     from rlhf_recipes import world
 
     cfg, roles, tokenizer = embedded()
-    figures = evaluation.changes(cfg, roles, tokenizer, {"sft": POLICY}).figures["sft"]
+    figures = evaluation.changes(cfg, data.heldout_prompts(cfg), roles, tokenizer, {"sft": POLICY}).figures["sft"]
     made = sample(
-        roles, tokenizer, evaluation.heldout_prompts(cfg), samples=2, max_new_tokens=8, batch_size=256, seed=cfg.seed
+        roles, tokenizer, data.heldout_prompts(cfg), samples=2, max_new_tokens=8, batch_size=256, seed=cfg.seed
     )
     lengths = [len(s.completion_ids) for s in made]
     assert figures["length"].mean == pytest.approx(sum(lengths) / 48)
@@ -271,16 +275,14 @@ def test_the_share_that_ends_counts_every_eos_that_ends_a_sample(embedded):
     """Chat models declare two or three: a completion that ends in any of them was not cut."""
     cfg, roles, tokenizer = embedded()
     roles.model.get_base_model().generation_config.eos_token_id = [EOS, *range(2, 333)]
-    figures = evaluation.changes(cfg, roles, tokenizer, {"sft": POLICY}).figures["sft"]
+    figures = evaluation.changes(cfg, data.heldout_prompts(cfg), roles, tokenizer, {"sft": POLICY}).figures["sft"]
     assert figures["length"].mean == 1
     assert figures["EOS"].mean == 1
 
 
 def test_held_out_prompts_are_the_same_in_every_stage_and_none_is_trained_on():
-    from rlhf_recipes import data
-
     asked = {
-        recipe: evaluation.heldout_prompts(compose(recipe, ["evaluation.prompts=50"]))
+        recipe: list(data.heldout_prompts(compose(recipe, ["evaluation.prompts=50"])))
         for recipe in ("sft", "rm", "ppo")
     }
     assert len(asked["ppo"]) == 50
@@ -293,4 +295,6 @@ def test_held_out_prompts_are_the_same_in_every_stage_and_none_is_trained_on():
 
 def test_no_prompts_to_answer_is_no_comparison(embedded):
     cfg, roles, tokenizer = embedded("evaluation.prompts=0")
-    assert evaluation.changes(cfg, roles, tokenizer, {"sft": POLICY}) == evaluation.Changes({}, [])
+    assert evaluation.changes(cfg, data.heldout_prompts(cfg), roles, tokenizer, {"sft": POLICY}) == evaluation.Changes(
+        {}, []
+    )

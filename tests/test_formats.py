@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_recipes.formats import (
+from rlhf_recipes.data.formats import (
     EXAMPLES,
     FORMS,
     MAPPINGS,

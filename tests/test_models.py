@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from rlhf_recipes import models
 from rlhf_recipes.config import compose
+from rlhf_recipes.data.formats import render, render_prompt
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.formats import render, render_prompt
 from rlhf_recipes.roles import HEAD_KEY, POLICY, REFERENCE, read_adapter
 
 CHAT = [{"role": "user", "content": "w1 w2"}]

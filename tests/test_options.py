@@ -3,8 +3,8 @@
 import pytest
 
 from rlhf_recipes.config import compose
+from rlhf_recipes.config.options import TRAINING, conflicts, options, overview, reference, required, unknown
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.options import TRAINING, conflicts, options, overview, reference, required, unknown
 
 
 def test_every_recipe_has_the_options_of_its_trainer_of_lora_and_of_bitsandbytes() -> None:
@@ -53,6 +53,7 @@ def test_an_unknown_key_gets_the_nearest_one_or_none(key: str, nearest: str | No
         (["training.fp16=true", "training.bf16=true"], "exclude each other"),
         (["training.use_vllm=true", "quantization=nf4"], "vLLM cannot take the packed weights"),
         (["trunk=1"], "at least 0 and below 1"),
+        (["evaluation.prompts=0"], "add training.eval_strategy=no"),
         (["reward=function"], "set reward.model, reward.functions or reward.url"),
     ],
 )

@@ -590,6 +590,6 @@ def test_an_adapter_without_a_head_is_no_reward_model(make_trainer, tiny_policy,
         make_trainer(reward_adapter=tmp_path / "sft")
 
 
-def test_ptx_needs_data_and_data_needs_ptx(make_trainer):
-    with pytest.raises(UserError, match="give both or neither"):
+def test_ptx_needs_demonstrations(make_trainer):
+    with pytest.raises(UserError, match=r"ptx_coef=0\.5 needs a ptx_dataset"):
         make_trainer(ptx_coef=0.5)

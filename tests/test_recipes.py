@@ -254,7 +254,7 @@ def test_a_saved_policy_gives_the_answers_that_were_shown_and_loads_in_plain_pef
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlhf_recipes import evaluation
+    from rlhf_recipes import data, evaluation
 
     cfg = compose("ppo", chain.overrides("ppo"))
     for stage in ("sft", "dpo", "ppo"):
@@ -266,7 +266,7 @@ def test_a_saved_policy_gives_the_answers_that_were_shown_and_loads_in_plain_pef
         made = evaluation.sample(
             Roles(policy, trunk=0),
             AutoTokenizer.from_pretrained(chain.folder / stage),
-            evaluation.heldout_prompts(cfg),
+            data.heldout_prompts(cfg),
             samples=1,
             max_new_tokens=cfg.evaluation.max_new_tokens,
             batch_size=cfg.evaluation.batch_size,
@@ -386,7 +386,7 @@ def test_ppo_names_the_command_for_a_missing_reward_model(shared, chain):
 def test_the_smoke_experiment_works_as_it_stands(recipe):
     """Its few steps and saves must fit the other settings of the recipe."""
     from rlhf_recipes.config import build
-    from rlhf_recipes.options import TRAINING
+    from rlhf_recipes.config.options import TRAINING
 
     module, _, name = TRAINING[recipe].rpartition(".")
     cfg = compose(recipe, ["experiment=smoke"])

@@ -84,7 +84,7 @@ def test_a_plain_pair_is_prompt_answer_and_one_eos(tokenizer):
 
 
 def test_the_prompts_part_is_what_a_rollout_starts_from(chatml, tokenizer):
-    from rlhf_recipes.formats import render_prompt
+    from rlhf_recipes.data.formats import render_prompt
 
     chat = {"prompt": [{"role": "user", "content": "sky?"}]}
     plain = {"prompt": "w1 w2"}

@@ -11,7 +11,7 @@ import pytest
 from rlhf_recipes import rewards
 from rlhf_recipes.config import compose
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.rewards import endpoint, from_config, function, refuse_at_chance
+from rlhf_recipes.rewards import endpoint, from_config, function
 
 GOOD = """
 import math
@@ -102,8 +102,8 @@ def test_what_cannot_be_read_is_refused_with_its_path_and_why(folder, path, mess
 
 
 def test_the_runs_own_reward_model_is_the_default(tmp_path):
-    found = from_config(ppo(), tmp_path / "rm")
-    assert (found.adapter, found.functions, found.weights) == (tmp_path / "rm", [], [1.0])
+    found = from_config(ppo(), measured(tmp_path, 0.63, 0.02))
+    assert (found.adapter, found.functions, found.weights) == (tmp_path, [], [1.0])
 
 
 def test_functions_come_with_their_weights_and_without_one_count_as_one(folder):
@@ -116,8 +116,8 @@ def test_functions_come_with_their_weights_and_without_one_count_as_one(folder):
 
 def test_a_mix_is_model_functions_and_endpoint_in_this_order(folder):
     cfg = ppo("reward.functions=[my_rewards.py:brevity]", "reward.url=http://localhost:1", "reward.weights=[1,0.5,2]")
-    found = from_config(cfg, folder / "rm")
-    assert found.adapter == folder / "rm"
+    found = from_config(cfg, measured(folder, 0.63, 0.02))
+    assert found.adapter == folder
     assert [f.__name__ for f in found.functions] == ["brevity", "http_reward"]
     assert found.weights == [1.0, 0.5, 2.0]
 
@@ -131,7 +131,9 @@ def test_an_adapter_in_a_folder_is_the_reward_adapter_and_another_model_is_left_
 
 def test_weights_that_do_not_match_the_sources_are_refused_with_both_numbers(folder):
     with pytest.raises(UserError, match=r"reward\.weights has 3 numbers for 2 sources of reward"):
-        from_config(ppo("reward.functions=[my_rewards.py:brevity]", "reward.weights=[1,2,3]"), folder)
+        from_config(
+            ppo("reward.functions=[my_rewards.py:brevity]", "reward.weights=[1,2,3]"), measured(folder, 0.63, 0.02)
+        )
 
 
 def test_all_faults_are_told_in_one_message(folder):
@@ -162,17 +164,22 @@ def test_a_misspelt_or_wrong_entry_is_refused_and_not_ignored(folder, functions,
 
 def measured(tmp_path, accuracy, half_width, pairs=2198):
     """The folder of a reward model, with what its recipe wrote."""
-    from rlhf_recipes import disk
+    from rlhf_recipes.runs import disk
 
     disk.write_json(tmp_path / "metrics.json", {"accuracy": (accuracy, half_width), "pairs": pairs})
     return tmp_path
 
 
+def refused(folder, *overrides):
+    """The message that `reward=run` is refused with."""
+    with pytest.raises(UserError) as error:
+        from_config(ppo(*overrides), folder)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(("accuracy", "half_width"), [(0.49, 0.02), (0.51, 0.02), (0.58, 0.29), (0.52, 0.02)])
 def test_a_reward_model_at_chance_is_refused_with_the_figure_and_how_to_insist(tmp_path, accuracy, half_width):
-    with pytest.raises(UserError) as refused:
-        refuse_at_chance(measured(tmp_path, accuracy, half_width), 0.5)
-    message = str(refused.value)
+    message = refused(measured(tmp_path, accuracy, half_width))
     assert f"{accuracy:.3f} ± {half_width:.3f} of 2,198 held-out pairs" in message
     assert "reward.min_accuracy=0" in message
     assert str(tmp_path) in message
@@ -180,20 +187,19 @@ def test_a_reward_model_at_chance_is_refused_with_the_figure_and_how_to_insist(t
 
 def test_a_good_reward_model_passes_and_is_refused_where_more_is_asked(tmp_path):
     folder = measured(tmp_path, 0.63, 0.02)
-    refuse_at_chance(folder, 0.5)
-    refuse_at_chance(folder, 0.6)
-    with pytest.raises(UserError, match=r"not surely above 0\.62"):
-        refuse_at_chance(folder, 0.62)
+    for least in (0.5, 0.6):
+        assert from_config(ppo(f"reward.min_accuracy={least}"), folder).adapter == folder
+    assert "not surely above 0.62" in refused(folder, "reward.min_accuracy=0.62")
 
 
 @pytest.mark.parametrize(("accuracy", "half_width"), [(0.49, 0.02), (0.2, 0.3), (0.0, 0.0), (0.0, float("nan"))])
 def test_a_minimum_of_0_insists_however_bad_the_reward_model_is(tmp_path, accuracy, half_width):
-    refuse_at_chance(measured(tmp_path, accuracy, half_width, pairs=5), 0)
+    folder = measured(tmp_path, accuracy, half_width, pairs=5)
+    assert from_config(ppo("reward.min_accuracy=0"), folder).adapter == folder
 
 
 def test_one_held_out_pair_proves_nothing(tmp_path):
-    with pytest.raises(UserError, match=r"reward\.min_accuracy=0"):
-        refuse_at_chance(measured(tmp_path, 1.0, float("nan"), pairs=1), 0.5)
+    assert "reward.min_accuracy=0" in refused(measured(tmp_path, 1.0, float("nan"), pairs=1))
 
 
 # ---- an endpoint

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from rlhf_recipes import disk, runs
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.runs import Made, Stage, make_command
+from rlhf_recipes.runs import Made, Stage, disk, make_command
+from rlhf_recipes.runs import stage as stage_module
+from rlhf_recipes.runs.manifest import read_manifest
 
 ROOT = Path(__file__).parents[1]
 DATA = {"heldout": 0.1, "sources": [{"path": "world", "weight": 1.0}]}
@@ -280,7 +281,7 @@ def test_transformers_writes_the_file_last_that_completeness_is_read_from(
         folder = tmp_path / f"checkpoint-{step}"
         assert {p.name for p in folder.iterdir()} == before | {"trainer_state.json"}
         assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"} <= before
-        assert runs._complete(folder)
+        assert stage_module._complete(folder)
 
 
 TRAINING = """
@@ -442,7 +443,7 @@ def test_a_kill_at_any_moment_leaves_no_stage_that_looks_finished_and_is_not(tmp
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
         path = tmp_path / "mine" / "sft"
-        manifest = runs._manifest(path)
+        manifest = read_manifest(path)
         seen.add(manifest["status"] if manifest else None)
         if manifest and manifest["status"] == "finished":
             Made.read(path)  # raises if an artefact is missing or cut short

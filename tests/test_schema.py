@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 from omegaconf import MISSING, OmegaConf
 
-from rlhf_recipes import schema
-from rlhf_recipes.config import build
-from rlhf_recipes.options import sections
+from rlhf_recipes.config import build, schema
+from rlhf_recipes.config.options import sections
 
 CLASSES = [
     "trl.SFTConfig",
     "trl.RewardConfig",
     "trl.DPOConfig",
-    "rlhf_recipes.ppo_config.PPOConfig",
+    "rlhf_recipes.ppo.config.PPOConfig",
     "peft.LoraConfig",
     "transformers.BitsAndBytesConfig",
 ]
@@ -72,9 +71,9 @@ def test_every_option_has_a_help_text_and_accepts_its_own_default(path: str) -> 
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys; from rlhf_recipes import schema; "
+        "import sys; from rlhf_recipes.config import schema; "
         f"[schema.options(path) for path in {CLASSES}]; "
-        "print(*{'torch', 'trl', 'transformers', 'peft', 'bitsandbytes', 'rlhf_recipes.ppo_config'} & {*sys.modules})"
+        "print(*{'torch', 'trl', 'transformers', 'peft', 'bitsandbytes', 'rlhf_recipes.ppo.config'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
@@ -108,7 +107,7 @@ def test_no_allowed_values_are_read_out_of_help_texts_that_do_not_list_them() ->
     assert listed == {
         *(("trl.SFTConfig", name) for name in ("truncation_mode", "packing_strategy", "loss_type")),
         *(("trl.DPOConfig", name) for name in ("truncation_mode", "loss_type", "f_divergence_type")),
-        *(("rlhf_recipes.ppo_config.PPOConfig", name) for name in ("vllm_mode", "vllm_model_impl", "loss_type")),
+        *(("rlhf_recipes.ppo.config.PPOConfig", name) for name in ("vllm_mode", "vllm_model_impl", "loss_type")),
         *(("peft.LoraConfig", name) for name in ("bias", "init_lora_weights")),
         ("transformers.BitsAndBytesConfig", "bnb_4bit_quant_type"),
     }

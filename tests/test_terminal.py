@@ -120,7 +120,7 @@ def test_at_a_terminal_a_stage_is_one_bar_with_rate_and_figures():
 def test_the_rate_counts_from_the_step_that_was_resumed_from(capsys):
     from transformers import TrainerControl, TrainerState
 
-    from rlhf_recipes.progress import Progress
+    from rlhf_recipes.terminal.bar import Progress
 
     state, control = TrainerState(global_step=89, max_steps=100), TrainerControl()
     progress = Progress("sft", bar=False)

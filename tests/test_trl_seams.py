@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer
 
 from rlhf_recipes import PPOTrainer
-from rlhf_recipes import ppo as ppo_module
+from rlhf_recipes.ppo import trainer as ppo_module
 
 PPO_SOURCE = ast.parse(Path(ppo_module.__file__).read_text())
 PPO_CLASS = next(n for n in PPO_SOURCE.body if isinstance(n, ast.ClassDef) and n.name == PPOTrainer.__name__)
@@ -138,7 +138,7 @@ def test_an_override_takes_as_many_arguments_as_the_original(name):
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_an_attribute_that_ppo_reads_is_set_by_the_trainer_above(name):
     owner = ATTRIBUTES[name]
-    assert name in attributes_set(owner), f"{owner.__name__} sets no self.{name} any more: see rlhf_recipes/ppo.py"
+    assert name in attributes_set(owner), f"{owner.__name__} sets no self.{name} any more: see PPOTrainer"
 
 
 def test_every_attribute_that_ppo_reads_from_the_trainers_above_is_listed_here():

@@ -1,7 +1,4 @@
-"""What a person at the terminal sees: a bar per stage, a summary at its end, short tables, and no wall of warnings.
-
-Everything for people is written here; the library itself logs. Importing this module imports no torch.
-"""
+"""Lines on the screen: no wall of warnings, one line for each log record, and all of them clear of a bar."""
 
 from __future__ import annotations
 
@@ -9,19 +6,9 @@ import logging
 import os
 import re
 import sys
-import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
-
-from rlhf_recipes.figures import duration, number, table
-from rlhf_recipes.runs import Stage, make_command
-
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    from rlhf_recipes.evaluation import Changes
+from typing import Any, TextIO
 
 # Warnings that every run on good settings would show, each with its reason. Any other is shown, on one line.
 KNOWN_WARNINGS = (
@@ -30,6 +17,7 @@ KNOWN_WARNINGS = (
     # torch, on a machine without GPU: transformers asks for pinned memory by default, torch then leaves it out.
     (UserWarning, r"'pin_memory' argument is set as true but no accelerator is found"),
 )
+
 KNOWN_LOGS = (
     # Bitsandbytes looks for an optional kernel on the hub, for faster 4-bit inference on CPU; its own one does as well.
     # https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2064
@@ -42,9 +30,6 @@ KNOWN_LOGS = (
         r"Key.*\n-[-+]*.*\n(lm_head\.weight.*UNEXPECTED.*\n|score\.weight.*MISSING.*\n)+(?!.*\|)",
     ),
 )
-
-EXAMPLES = 4  # prompts shown with their answers
-NEXT = {"sft": ("rm", "ppo"), "rm": ("ppo",), "dpo": (), "ppo": ()}
 
 
 def quiet() -> None:
@@ -64,23 +49,9 @@ def quiet() -> None:
     # The libraries' own bars: gone when done, and not shown for what takes less than two seconds or where nobody looks.
     os.environ.setdefault("TQDM_DELAY", "2")
     os.environ.setdefault("TQDM_LEAVE", "")
-    if not _is_terminal(sys.stderr):
+    if not is_terminal(sys.stderr):
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def progress(trainer: Trainer, stage: str) -> None:
-    """Replace a trainer's own bar and its printed dicts by one bar, or without a terminal by a line each tenth."""
-    from transformers import PrinterCallback, ProgressCallback
-    from transformers.utils import logging as transformers_logging
-
-    from rlhf_recipes.progress import Progress
-
-    transformers_logging.disable_default_handler()  # its lines come through `quiet`'s handler, clear of the bar
-    transformers_logging.enable_propagation()
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress(stage, bar=_is_terminal(sys.stderr) and not trainer.args.disable_tqdm))
 
 
 def say(text: object) -> None:
@@ -89,51 +60,9 @@ def say(text: object) -> None:
         _line(lines, sys.stdout)
 
 
-def summary(
-    stage: Stage,
-    made: str,
-    figures: Mapping[str, object],
-    changes: Changes | None = None,
-) -> None:
-    """Tell at the end of a stage what was made, where, how good, how long, how much memory, and what comes next.
-
-    Args:
-        stage: the stage, finished.
-        made: what it made, in a few words.
-        figures: how good it is, by name: numbers, or (mean, half of the 95% interval).
-        changes: the policies before and after, compared: a table, and a few prompts that they answer differently.
-    """
-    manifest = stage.manifest
-    size = sum(file["bytes"] for file in manifest["files"].values())
-    shown = {name: value for name, value in figures.items() if not isinstance(value, Mapping | None)}
-    memory = {"rss": "resident", "anonymous": "anonymous", "gpu": "on the GPU"}
-    following = NEXT.get(stage.name, ())
-    rows = {
-        "made": f"{made}, {size / 1e6:.1f} MB",
-        "where": f"{stage.path}{os.sep}",
-        "how good": ", ".join(f"{name} {number(value)}" for name, value in shown.items()),
-        "how long": duration(manifest["seconds"]),
-        "memory": ", ".join(f"{mb:,} MB {memory[kind]}" for kind, mb in manifest["peak_memory"].items())
-        + " at the peak",
-        "next": make_command(following, manifest["overrides"]) if following else "",
-    }
-    say(f"\n{manifest['run']}/{stage.name} is finished\n" + "\n".join(f"  {k:<9} {v}" for k, v in rows.items() if v))
-    if changes and changes.figures:
-        say("\n" + table([{"held-out prompts": policy, **measured} for policy, measured in changes.figures.items()]))
-        say("\n" + _answers(changes.samples))
-
-
-def _answers(samples: Sequence[Mapping[str, str]]) -> str:
-    """A few prompts with what each policy says, those first where they differ."""
-    unlike = sorted(samples, key=lambda row: len(set(row.values()) - {row["prompt"]}) == 1)
-    lines = []
-    for row in unlike[:EXAMPLES]:
-        width = max(map(len, row))
-        lines += [
-            f"  {name if name != 'prompt' else '?':<{width}} {textwrap.shorten(text, 160, placeholder=' ...')}"
-            for name, text in row.items()
-        ]
-    return "\n".join(lines)
+def is_terminal(file: TextIO) -> bool:
+    """Whether a bar can be seen: a terminal, and of some size (those of containers may have none)."""
+    return file.isatty() and min(os.get_terminal_size(file.fileno())) > 0
 
 
 class _Known(logging.Filter):
@@ -165,11 +94,6 @@ def _show_warning(
     parts = Path(filename).parts
     place = "/".join(parts[parts.index("site-packages") + 1 :]) if "site-packages" in parts else filename
     _line(f"{category.__name__}: {message} ({place}:{lineno})", file or sys.stderr)
-
-
-def _is_terminal(file: TextIO) -> bool:
-    """Whether a bar can be seen: a terminal, and of some size (those of containers may have none)."""
-    return file.isatty() and min(os.get_terminal_size(file.fileno())) > 0
 
 
 def _line(text: str, file: TextIO) -> None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rlhf_recipes.figures import duration, number
-from rlhf_recipes.terminal import say
+from rlhf_recipes.terminal.lines import say
 
 # What the bar shows, by stage: the trainer's name for a figure, and ours.
 FIGURES = {

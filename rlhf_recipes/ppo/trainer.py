@@ -24,7 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from rlhf_recipes.advantages import (
+from rlhf_recipes.data.formats import render
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.ppo.advantages import (
     KLController,
     clipped_value_loss,
     explained_variance,
@@ -34,9 +36,7 @@ from rlhf_recipes.advantages import (
     token_rewards,
     whiten,
 )
-from rlhf_recipes.errors import UserError
-from rlhf_recipes.formats import render
-from rlhf_recipes.ppo_config import PPOConfig
+from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,10 @@ class PPOTrainer(GRPOTrainer):
             )
         if args.use_vllm and getattr(model, "quantization_method", None) is not None:
             raise UserError("use_vllm=True cannot sample from a quantized base: vLLM would be sent its packed weights")
-        if bool(args.ptx_coef) != (ptx_dataset is not None):
-            raise UserError(f"ptx_coef={args.ptx_coef} and ptx_dataset go together: give both or neither")
+        if args.ptx_coef and ptx_dataset is None:
+            raise UserError(
+                f"ptx_coef={args.ptx_coef} needs a ptx_dataset: the demonstrations whose SFT loss it weighs"
+            )
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
         if reward_adapter is not None:
             funcs = [self.reward_model, *funcs]
@@ -144,7 +146,7 @@ class PPOTrainer(GRPOTrainer):
         self.critic_ready = args.freeze_value or args.value_warmup_max_iterations == 0
         self.warmed_up_iterations = 0
         self.stop_reason: str | None = None
-        self.ptx_dataset: Any = ptx_dataset
+        self.ptx_dataset: Any = ptx_dataset if args.ptx_coef else None
         self._scores: Tensor = torch.empty(0)
         self._logps_now: Tensor | None = None  # of the last policy forward, kept for metrics
         self._pass_kl: list[float] = []  # KL to the generating policy, by micro-batch of the current rollout batch

@@ -14,8 +14,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, cast
 
+from rlhf_recipes.data.formats import BadRow, Row, shown
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.formats import BadRow, Row, shown
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """The formats; `.gz` may follow."""

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
-from rlhf_recipes import schema
+from rlhf_recipes.config import schema
 
 TRAINING = {
     "sft": "trl.SFTConfig",
     "rm": "trl.RewardConfig",
     "dpo": "trl.DPOConfig",
-    "ppo": "rlhf_recipes.ppo_config.PPOConfig",
+    "ppo": "rlhf_recipes.ppo.config.PPOConfig",
 }
 
 READS = {"sft": "sft", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}  # which part of `data`
@@ -220,6 +220,12 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
         found.append(f"trunk={values['trunk']}: at least 0 and below 1")
     if "reward.model" in values and not any(values.get(f"reward.{source}") for source in ("model", "functions", "url")):
         found.append("reward: it comes from nowhere; set reward.model, reward.functions or reward.url")
+    evaluates = values.get("training.eval_strategy", "no") != "no"
+    if "reward.model" in values and evaluates and values.get("evaluation.prompts") == 0:
+        found.append(
+            "evaluation.prompts=0: PPO has no held-out prompts to score while it trains; add training.eval_strategy=no "
+            "training.load_best_model_at_end=false"
+        )
     return found
 
 

@@ -1,11 +1,4 @@
-"""Carries values from the command line to a config class: Hydra composes, the schema checks, `build` passes on.
-
-    make ppo ARGS="model=qwen2.5-0.5b training.learning_rate=1e-5"
-
-Hydra composes conf/ and the command line. Every key is then held against the config classes' own source
-(`rlhf_recipes/options.py`), all faults are told in one message, and only what somebody set reaches the class.
-Nothing here imports torch: a typo is told in a second.
-"""
+"""From the command line to a checked, typed config, and from a node of it to an object of a config class."""
 
 import contextlib
 import difflib
@@ -23,11 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_recipes import data, options, schema, terminal
+from rlhf_recipes import data, terminal
+from rlhf_recipes.config import options, schema
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.formats import STAGES
 
-CONF = Path(__file__).parents[1] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 VERSION_BASE = "1.3"  # of Hydra: its defaults stay those of this version
 
 T = TypeVar("T")
@@ -230,7 +223,7 @@ def _data_faults(recipe: str, values: dict[str, Any]) -> list[str]:
     """What is wrong with the sources of this recipe, and with those of others: the same ARGS will reach them later."""
     sources = {key.removeprefix("data."): value for key, value in values.items()}
     faults: list[str] = []
-    for stage in STAGES:
+    for stage in data.STAGES:
         source = sources.get(stage)
         given = source.get("path") if isinstance(source, dict) else source
         if given or stage == options.READS[recipe]:

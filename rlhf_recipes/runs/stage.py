@@ -1,16 +1,4 @@
-"""Run folders: `runs/<run>/<stage>/` holds what a stage made, and opening a stage decides what is left to do.
-
-A stage that is finished and unchanged is skipped, an unfinished one resumes from its newest complete checkpoint, and
-one that was configured differently, or whose data or predecessor changed, is refused with the list of what differs.
-Nothing here imports torch: a skip takes a moment.
-
-    with Stage.open(cfg, "rm", predecessors=("sft",), data_fingerprint=describe(cfg.data, "preferences")) as stage:
-        if stage.state != "skip":
-            args = build(RewardConfig, cfg.training, output_dir=str(stage.checkpoints_dir))
-            ...                                         # stage.adapter("sft") is the SFT adapter's folder
-            trainer.train(resume_from_checkpoint=stage.resume_from)
-            stage.finish(metrics, save=trainer.save_model)
-"""
+"""A stage of a run, opened: it is skipped, resumed, refused or started, and finished last of all."""
 
 from __future__ import annotations
 
@@ -18,28 +6,40 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from fnmatch import fnmatch
-from importlib.metadata import PackageNotFoundError, version
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 
-from rlhf_recipes import disk
-from rlhf_recipes.card import model_card
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.memory import PeakMemory
+from rlhf_recipes.runs import disk
+from rlhf_recipes.runs.card import model_card
+from rlhf_recipes.runs.commands import make_command, sweep_folder, typed_overrides
+from rlhf_recipes.runs.manifest import (
+    MANIFEST,
+    SCHEMA,
+    Made,
+    device,
+    differences,
+    flat,
+    iso,
+    listed,
+    moment,
+    plain_config,
+    read_manifest,
+    refuse_damage,
+    refuse_differences,
+    relevant,
+    versions,
+)
+from rlhf_recipes.runs.memory import PeakMemory
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
 LOCK = ".lock"
 SAVING = ".saving"  # artefacts on their way into the stage
 CHECKPOINTS = "checkpoints"
@@ -47,66 +47,7 @@ REPLACED = (
     "README.md",
     "training_args.bin",
 )  # PEFT's empty card and a pickle with paths: ours and config.yaml say more
-
-PACKAGES = (
-    "rlhf-recipes",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-)
-
-# Keys that do not change what a stage makes. Of the data, its fingerprint is compared, and not how it was written down.
-NEUTRAL = (
-    *("run", "runs_dir", "overwrite", "data.*"),
-    *("training.output_dir", "training.logging_*", "training.log_*", "training.report_to", "training.run_name"),
-    *("training.project", "training.trackio_*", "training.push_to_hub", "training.hub_*", "training.disable_tqdm"),
-    *("training.save_steps", "training.save_strategy", "training.save_total_limit", "training.save_only_model"),
-    *("training.dataloader_num_workers", "training.dataloader_pin_memory", "training.dataloader_prefetch_factor"),
-    *("training.dataloader_persistent_workers", "training.dataset_num_proc", "training.skip_memory_metrics"),
-    *(
-        "reward.min_accuracy",
-        "training.num_completions_to_print",
-        "training.per_device_eval_batch_size",
-        "training.eval_accumulation_steps",
-    ),
-)
 FIXED = ("model.name_or_path", "model.revision", "lora.")  # settled where the run's first adapter was made
-UNREAD = {"sft": ("start", "trunk")}  # keys that a stage is given, and has no use for
-
-# Overrides that the stages of a run have in common: the command for a missing predecessor carries them along.
-SHARED = ("run", "runs_dir", "seed", "model", "data", "quantization", "lora", "hardware", "start", "trunk")
-
-
-@dataclass(frozen=True)
-class Made:
-    """A finished stage: its folder and its manifest."""
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal weights, equal fingerprint."""
-        return str(self.manifest["fingerprint"])
-
-    @classmethod
-    def read(cls, path: Path | str) -> Made:
-        """Read a finished stage and check that its artefacts are those it was finished with.
-
-        Raises:
-            UserError: no finished stage there, or artefacts are missing or changed.
-        """
-        manifest = _manifest(Path(path))
-        if manifest is None or manifest["status"] != "finished":
-            raise UserError(f"{path} is no finished stage: there is no {MANIFEST} in it that says so.")
-        if faults := _damage(Path(path), manifest, contents=True):
-            raise UserError(f"{path} is not what it was when it was finished:\n{_lines(faults)}")
-        return cls(Path(path), manifest)
 
 
 @dataclass
@@ -145,27 +86,27 @@ class Stage:
         Raises:
             UserError: this stage configured differently, damaged or in use; a predecessor missing or stale.
         """
-        config = _plain_config(cfg)
+        config = plain_config(cfg)
         overwrite = bool(config["overwrite"])
         run = _run_folder(config)
-        path = run / name / _sweep_folder()
+        path = run / name / sweep_folder()
         wanted = {
             "schema": SCHEMA,
             "stage": name,
             "run": config["run"],
             "seed": config.get("seed"),
-            "overrides": _task_overrides() if overrides is None else list(overrides),
+            "overrides": typed_overrides() if overrides is None else list(overrides),
             "config": config,
-            "config_hash": disk.hash_value(_relevant(config, name)),
+            "config_hash": disk.hash_value(relevant(config, name)),
             "data": disk.plain(data_fingerprint),
             "base": None,  # known when the model is loaded, see `check_base`
         }
-        manifest = _manifest(path)
+        manifest = read_manifest(path)
         if manifest and manifest["status"] == "finished" and not overwrite:
-            there = {p: m for p in predecessors if (m := _manifest(run / p)) and m["status"] == "finished"}
+            there = {p: m for p in predecessors if (m := read_manifest(run / p)) and m["status"] == "finished"}
             wanted["predecessors"] = {p: m["fingerprint"] for p, m in there.items()}
-            _refuse_damage(path, manifest)
-            _refuse_differences(path, manifest, wanted)
+            refuse_damage(path, manifest)
+            refuse_differences(path, manifest, wanted)
             return cls(name, path, "skip", manifest, _skip_message(path, manifest))
 
         before = {p: _predecessor(run, p, wanted["overrides"], config) for p in predecessors}
@@ -177,7 +118,7 @@ class Stage:
             raise disk.disk_fault(error, path) or UserError(
                 f"Cannot write to {path}: {error.strerror}. Mend that, or set runs_dir=<another folder>."
             ) from error
-        if lock and not overwrite and (now := _manifest(path)) and now["status"] == "finished":
+        if lock and not overwrite and (now := read_manifest(path)) and now["status"] == "finished":
             lock.close()  # another process finished it just before the lock was ours
             return cls.open(
                 cfg, name, predecessors=predecessors, data_fingerprint=data_fingerprint, overrides=overrides
@@ -197,7 +138,7 @@ class Stage:
 
         Of several processes rank 0 alone holds the lock and writes; the others come to the same decision by reading.
         """
-        old, writes = _manifest(self.path), self._lock is not None
+        old, writes = read_manifest(self.path), self._lock is not None
         checkpoint = None
         if old is None:
             foreign = [p.name for p in self._contents() if not (p / MANIFEST).exists() and p.name[0] != "."]
@@ -212,9 +153,9 @@ class Stage:
                 self._clear(old)
             old = None
         elif checkpoint := _newest_checkpoint(self.path):
-            _refuse_differences(self.path, old, self.manifest)
+            refuse_differences(self.path, old, self.manifest)
 
-        self.manifest |= {"status": "unfinished", "started": _iso(time.time()), "attempts": 1, "seconds": 0.0}
+        self.manifest |= {"status": "unfinished", "started": iso(time.time()), "attempts": 1, "seconds": 0.0}
         if old:
             self.manifest["attempts"] = old["attempts"] + 1
             self.message = f"{self.path} was broken off before its first checkpoint: it starts again."
@@ -223,7 +164,7 @@ class Stage:
             self.message = f"{self.path} resumes from {checkpoint.name}."
             self.manifest["base"] = old["base"]
             written = (checkpoint / "trainer_state.json").stat().st_mtime  # time counts up to the checkpoint
-            self.manifest["seconds"] = old["seconds"] + max(0.0, written - _moment(old["started"]))
+            self.manifest["seconds"] = old["seconds"] + max(0.0, written - moment(old["started"]))
         if writes:
             self._remove_broken()
             disk.write_json(self.path / MANIFEST, self.manifest)
@@ -257,7 +198,7 @@ class Stage:
         if wrong := {path: base for path, base in known.items() if base not in (None, fingerprint)}:
             raise UserError(
                 f"The base model has the fingerprint {fingerprint}, and here are adapters of another:\n"
-                + _lines([f"{path}: {base}" for path, base in wrong.items()])
+                + listed([f"{path}: {base}" for path, base in wrong.items()])
                 + "\nUse the model= they were made with, or start afresh with run=<new name>."
             )
         self.manifest["base"] = fingerprint
@@ -293,21 +234,21 @@ class Stage:
             for name in REPLACED:
                 (saving / name).unlink(missing_ok=True)
             made = {str(f.relative_to(saving)): f for f in sorted(saving.rglob("*")) if f.is_file()}
-            listed = {name: {"bytes": f.stat().st_size, "sha256": disk.hash_file(f)} for name, f in made.items()}
+            files = {name: {"bytes": f.stat().st_size, "sha256": disk.hash_file(f)} for name, f in made.items()}
             disk.move_into(saving, self.path)
             self.manifest |= {
                 "status": "finished",
-                "finished": _iso(time.time()),
+                "finished": iso(time.time()),
                 "seconds": round(self.seconds, 1),
                 "peak_memory": self.peak_memory(),
-                "device": _device(),
+                "device": device(),
                 "python": platform.python_version(),
                 "platform": f"{platform.system()} {platform.machine()}",
-                "versions": _versions(),
-                "files": listed,
+                "versions": versions(),
+                "files": files,
                 # of the weights alone: PEFT writes its config in another order each time
                 "fingerprint": disk.hash_value(
-                    {n: f["sha256"] for n, f in listed.items() if n.endswith(".safetensors")}
+                    {n: f["sha256"] for n, f in files.items() if n.endswith(".safetensors")}
                 ),
             }
             chain = [*(p.manifest for p in self.predecessors.values()), self.manifest]
@@ -326,7 +267,7 @@ class Stage:
     @property
     def seconds(self) -> float:
         """Wall time so far, with that of earlier attempts up to the checkpoint resumed from."""
-        return float(self.manifest["seconds"]) + time.time() - _moment(self.manifest["started"])
+        return float(self.manifest["seconds"]) + time.time() - moment(self.manifest["started"])
 
     def peak_memory(self) -> dict[str, int]:
         """Peak memory in MB by kind: `rss`, `anonymous`, `gpu`."""
@@ -385,39 +326,8 @@ class Stage:
         shutil.rmtree(self.path / SAVING, ignore_errors=True)
 
 
-def make_command(targets: Sequence[str], overrides: Sequence[str], *more: str) -> str:
-    """The make line for these stages, with those of the overrides that all stages of a run share, and `more`.
-
-    >>> make_command(["sft"], ["run=mine", "model=qwen2.5-0.5b", "training.beta=0.1"])
-    'make sft ARGS="run=mine model=qwen2.5-0.5b"'
-    """
-    shared = [o for o in overrides if re.split(r"[=.@]", o)[0] in SHARED]
-    text = " ".join(shlex.quote(override) for override in (*shared, *more))
-    quoted = shlex.quote(text) if set(text) & set('"$`\\') else f'"{text}"'
-    return f"make {' '.join(targets)}" + (f" ARGS={quoted}" if text else "")
-
-
-# The manifest and what follows from it
-
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a stage; None where no stage was begun."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        schema = manifest["schema"]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path / MANIFEST} is damaged ({error!r}). Move {path} away and make the stage again."
-        ) from error
-    if schema > SCHEMA:
-        raise UserError(f"{path / MANIFEST} is of a newer RLHF Recipes (schema {schema} > {SCHEMA}): update this one.")
-    return dict(manifest)
-
-
 def _predecessor(run: Path, name: str, overrides: list[str], config: Mapping[str, Any]) -> Made:
-    path, manifest = run / name, _manifest(run / name)
+    path, manifest = run / name, read_manifest(run / name)
     command = make_command([name], overrides)
     if manifest is None:
         raise UserError(f"{path} is missing. Make it first: {command}")
@@ -426,19 +336,15 @@ def _predecessor(run: Path, name: str, overrides: list[str], config: Mapping[str
     if manifest["status"] != "finished":
         raise UserError(f"{path} is unfinished. Finish it first: {command}")
     for earlier, fingerprint in manifest["predecessors"].items():
-        now = _manifest(run / earlier)
+        now = read_manifest(run / earlier)
         if now and now.get("fingerprint") not in (None, fingerprint):
             again = make_command([name], overrides, "overwrite=true")
             raise UserError(f"{path} came from another {earlier} than {run / earlier} is now. Make it again: {again}")
-    was, now = ({k: v for k, v in _flat(c).items() if k.startswith(FIXED)} for c in (manifest["config"], config))
-    if changed := [
-        f"{k}: {_short(was.get(k))} -> {_short(now.get(k))}"
-        for k in was.keys() | now.keys()
-        if was.get(k) != now.get(k)
-    ]:
+    was, now = ({k: v for k, v in flat(c).items() if k.startswith(FIXED)} for c in (manifest["config"], config))
+    if changed := differences(was, now):
         raise UserError(
             f"{path} was made with another base or adapter, which later stages cannot change:\n"
-            + _lines(sorted(changed))
+            + listed(changed)
             + "\nLeave these out, or make all stages with them: run=<new name>."
         )
     return Made.read(path)
@@ -446,49 +352,18 @@ def _predecessor(run: Path, name: str, overrides: list[str], config: Mapping[str
 
 def _stale_after(path: Path) -> str:
     """A clause that names the stages of the run that were made from this one."""
-    others = [(p.parent.name, _manifest(p.parent)) for p in sorted(path.parent.glob(f"*/{MANIFEST}"))]
+    others = [(p.parent.name, read_manifest(p.parent)) for p in sorted(path.parent.glob(f"*/{MANIFEST}"))]
     stale = [name for name, manifest in others if manifest and path.name in manifest["predecessors"]]
     return f"; stages made from the old one must be made again too: {', '.join(stale)}" if stale else ""
 
 
-def _damage(path: Path, manifest: dict[str, Any], *, contents: bool = False) -> list[str]:
-    """What is wrong with the artefacts of a finished stage, a line each."""
-    faults = []
-    for name, known in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            faults.append(f"{name} is missing")
-        elif file.stat().st_size != known["bytes"] or (contents and disk.hash_file(file) != known["sha256"]):
-            faults.append(f"{name} has changed")
-    return faults
-
-
-def _refuse_damage(path: Path, manifest: dict[str, Any]) -> None:
-    if faults := _damage(path, manifest):
-        raise UserError(f"{path} is finished, but no longer whole:\n{_lines(faults)}\nMake it again: overwrite=true.")
-
-
-def _refuse_differences(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise if what the stage was made or begun with is not what is wanted now."""
-    pairs = {
-        "": (_relevant(old["config"], old["stage"]), _relevant(new["config"], new["stage"])),
-        "data.": (_flat(old["data"]), _flat(new["data"])),
-        "made again since, ": (old["predecessors"], old["predecessors"] | new["predecessors"]),
-    }
-    lines = [
-        f"{label}{key}: {_short(was.get(key))} -> {_short(now.get(key))}"
-        for label, (was, now) in pairs.items()
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
-    ]
-    if lines:
-        finished = old["status"] == "finished"
+def _run_folder(config: dict[str, Any]) -> Path:
+    run = str(config["run"])
+    if not re.fullmatch(r"\w[\w.+-]*", run):
         raise UserError(
-            f"{path} is {'finished' if finished else 'unfinished'}, and was begun with something else (then -> now):\n"
-            f"{_lines(lines)}\n"
-            "Keep it and use run=<new name>, or replace it with overwrite=true"
-            + ("." if finished else ", or go on with the old values.")
+            f"run={run!r} cannot be the name of a folder: use letters, digits, and . _ + - after the first."
         )
+    return Path(config["runs_dir"]) / run
 
 
 def _newest_checkpoint(path: Path) -> Path | None:
@@ -509,117 +384,10 @@ def _complete(checkpoint: Path) -> bool:
     return checkpoint.name == f"checkpoint-{step}"
 
 
-# The config and the command line
-
-
-def _plain_config(cfg: Any) -> dict[str, Any]:
-    """The config as a manifest gives it back, so that the two compare equal; keys that nobody set are left out."""
-    if OmegaConf.is_config(cfg):
-        cfg = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    return dict(disk.plain(_set(cfg)))
-
-
-def _set(node: Any) -> Any:
-    if not isinstance(node, dict):
-        return node
-    return {key: _set(value) for key, value in node.items() if value != MISSING}
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested dicts, and of lists of dicts, by dotted key."""
-    if isinstance(node, list) and any(isinstance(item, dict) for item in node):
-        node = {str(i): item for i, item in enumerate(node)}
-    if isinstance(node, dict):
-        return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): node}
-
-
-def _relevant(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The leaves of the config that shape what the stage makes; a null of ours is no key, one of a library's is one."""
-    neutral = (*NEUTRAL, *UNREAD.get(stage, ()))
-    return {
-        key: "null" if value is None else value
-        for key, value in _flat(config).items()
-        if not any(fnmatch(key, pattern) for pattern in neutral)
-        and (value is not None or key.split(".")[0] in ("training", "lora", "quantization"))
-    }
-
-
-def _run_folder(config: dict[str, Any]) -> Path:
-    run = str(config["run"])
-    if not re.fullmatch(r"\w[\w.+-]*", run):
-        raise UserError(
-            f"run={run!r} cannot be the name of a folder: use letters, digits, and . _ + - after the first."
-        )
-    return Path(config["runs_dir"]) / run
-
-
-def _task_overrides() -> list[str]:
-    """The overrides on Hydra's command line as people type them, without `+`, if Hydra runs."""
-    if "hydra" not in sys.modules:
-        return []
-    from hydra.core.hydra_config import HydraConfig
-
-    return [o.lstrip("+") for o in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
-
-
-def _sweep_folder() -> str:
-    """In a sweep (`-m`), this job's swept overrides as the name of a folder; else empty."""
-    if "hydra" not in sys.modules:
-        return ""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.types import RunMode
-
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return ""
-    typed = OverridesParser.create().parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
-    swept = {override.key_or_group for override in typed if override.is_sweep_override()}
-    job = ",".join(o for o in _task_overrides() if o.split("=")[0] in swept)
-    name = re.sub(r"[^\w.+=,-]", "_", job)
-    return name if len(name) <= 120 else f"{name[:100]}-{disk.hash_value(job)}"
-
-
-# Facts
-
-
 def _main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _iso(moment: float) -> str:
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
-
-
-def _moment(iso: str) -> float:
-    return datetime.fromisoformat(iso).timestamp()
-
-
-def _versions() -> dict[str, str]:
-    installed = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            installed[package] = version(package)
-    return installed
-
-
-def _device() -> str:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU, {os.cpu_count()} cores"
 
 
 def _skip_message(path: Path, manifest: dict[str, Any]) -> str:
     when = datetime.fromisoformat(manifest["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
     return f"{path} is finished ({when}) and unchanged: skipped. overwrite=true makes it again."
-
-
-def _lines(items: Sequence[str]) -> str:
-    more = [f"... and {len(items) - 20} more"] if len(items) > 20 else []
-    return "\n".join(f"  {item}" for item in [*items[:20], *more])
-
-
-def _short(value: Any) -> str:
-    text = "(not set)" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,26 @@
+"""One way in for all data: hub datasets, local files, the embedded world and mixtures of them, checked and split.
+
+    loaded = load(cfg.data, "preferences", seed=0)
+    loaded.train, loaded.test        # datasets.Dataset in TRL's formats, with no prompt in common
+
+`cfg.data` names what each stage reads (`sft`, `preferences`, `prompts`: one source or a list of them, see Source) and
+`heldout`, the share or number of prompts that no stage trains on.
+"""
+
+from rlhf_recipes.data.formats import STAGES
+from rlhf_recipes.data.lengths import Lengths, check_batch, check_lengths
+from rlhf_recipes.data.loading import Loaded, describe, heldout_prompts, load
+from rlhf_recipes.data.sources import Source, parse
+
+__all__ = [
+    "STAGES",
+    "Lengths",
+    "Loaded",
+    "Source",
+    "check_batch",
+    "check_lengths",
+    "describe",
+    "heldout_prompts",
+    "load",
+    "parse",
+]

@@ -1,0 +1,65 @@
+"""The end of a stage: what was made, where, how good, how long, how much memory, and what comes next."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rlhf_recipes.figures import duration, number, table
+from rlhf_recipes.runs import Stage, make_command
+from rlhf_recipes.terminal.lines import say
+
+if TYPE_CHECKING:
+    from rlhf_recipes.evaluation import Changes
+
+EXAMPLES = 4  # prompts shown with their answers
+NEXT = {"sft": ("rm", "ppo"), "rm": ("ppo",), "dpo": (), "ppo": ()}
+
+
+def summary(
+    stage: Stage,
+    made: str,
+    figures: Mapping[str, object],
+    changes: Changes | None = None,
+) -> None:
+    """Tell at the end of a stage what was made, where, how good, how long, how much memory, and what comes next.
+
+    Args:
+        stage: the stage, finished.
+        made: what it made, in a few words.
+        figures: how good it is, by name: numbers, or (mean, half of the 95% interval).
+        changes: the policies before and after, compared: a table, and a few prompts that they answer differently.
+    """
+    manifest = stage.manifest
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    shown = {name: value for name, value in figures.items() if not isinstance(value, Mapping | None)}
+    memory = {"rss": "resident", "anonymous": "anonymous", "gpu": "on the GPU"}
+    following = NEXT.get(stage.name, ())
+    rows = {
+        "made": f"{made}, {size / 1e6:.1f} MB",
+        "where": f"{stage.path}{os.sep}",
+        "how good": ", ".join(f"{name} {number(value)}" for name, value in shown.items()),
+        "how long": duration(manifest["seconds"]),
+        "memory": ", ".join(f"{mb:,} MB {memory[kind]}" for kind, mb in manifest["peak_memory"].items())
+        + " at the peak",
+        "next": make_command(following, manifest["overrides"]) if following else "",
+    }
+    say(f"\n{manifest['run']}/{stage.name} is finished\n" + "\n".join(f"  {k:<9} {v}" for k, v in rows.items() if v))
+    if changes and changes.figures:
+        say("\n" + table([{"held-out prompts": policy, **measured} for policy, measured in changes.figures.items()]))
+        say("\n" + _answers(changes.samples))
+
+
+def _answers(samples: Sequence[Mapping[str, str]]) -> str:
+    """A few prompts with what each policy says, those first where they differ."""
+    unlike = sorted(samples, key=lambda row: len(set(row.values()) - {row["prompt"]}) == 1)
+    lines = []
+    for row in unlike[:EXAMPLES]:
+        width = max(map(len, row))
+        lines += [
+            f"  {name if name != 'prompt' else '?':<{width}} {textwrap.shorten(text, 160, placeholder=' ...')}"
+            for name, text in row.items()
+        ]
+    return "\n".join(lines)
