@@ -21,6 +21,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     from trl import DPOConfig, DPOTrainer
 
     from rlhf_recipes import evaluation, models
+    from rlhf_recipes.backoff import back_off
     from rlhf_recipes.roles import POLICY, REFERENCE
 
     args = build(DPOConfig, cfg.training, output_dir=stage.checkpoints_dir, seed=cfg.seed, **models.precision(cfg))
@@ -33,6 +34,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
         policy, args=args, train_dataset=rows.train, eval_dataset=rows.test, processing_class=tokenizer
     )
     roles = models.thaw(policy, cfg.trunk)
+    back_off(trainer, pairs=True)
     terminal.progress(trainer, "dpo")
     trainer.train(resume_from_checkpoint=stage.resume_from)
 

@@ -1,10 +1,9 @@
-"""Reward model: a LoRA adapter with a scalar head that scores answers as the raters rank them.
+"""Reward model: a LoRA adapter with a scalar head that scores answers as raters rank them (TRL's RewardTrainer).
 
     make sft rm
     make rm ARGS="run=mine model=qwen2.5-0.5b" RM_ARGS="training.learning_rate=5e-5"
 
-It starts from the SFT adapter, whose lower layers (`trunk`) stay as they are, so that PPO can share them. TRL's
-RewardTrainer: Bradley-Terry, with margins where the data have them.
+It starts from the SFT adapter, whose lower layers (`trunk`) stay as they are, so that PPO can share them.
 """
 
 from omegaconf import DictConfig
@@ -20,6 +19,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     from trl import RewardConfig, RewardTrainer
 
     from rlhf_recipes import models, reward_model
+    from rlhf_recipes.backoff import back_off
 
     args = build(RewardConfig, cfg.training, output_dir=stage.checkpoints_dir, seed=cfg.seed, **models.precision(cfg))
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
@@ -30,6 +30,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     trainer = RewardTrainer(model, args, train_dataset=pairs, eval_dataset=heldout, processing_class=tokenizer)
     models.thaw(model, cfg.trunk)
+    back_off(trainer, pairs=True)
     terminal.progress(trainer, "rm")
     trainer.train(resume_from_checkpoint=stage.resume_from)
 

@@ -19,6 +19,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     from trl import SFTConfig, SFTTrainer
 
     from rlhf_recipes import evaluation, models
+    from rlhf_recipes.backoff import back_off
     from rlhf_recipes.roles import POLICY
 
     args = build(SFTConfig, cfg.training, output_dir=stage.checkpoints_dir, seed=cfg.seed, **models.precision(cfg))
@@ -29,6 +30,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     trainer = SFTTrainer(policy, args, train_dataset=rows.train, eval_dataset=rows.test, processing_class=tokenizer)
     roles = models.thaw(policy, trunk=0)
+    back_off(trainer)
     terminal.progress(trainer, "sft")
     trainer.train(resume_from_checkpoint=stage.resume_from)
 

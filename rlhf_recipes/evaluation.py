@@ -1,9 +1,10 @@
 """What a stage changed: completions of several policies on the same held-out prompts, measured side by side."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from datasets import Dataset
@@ -11,9 +12,13 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes import data, world
+from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.data.formats import render_prompt
 from rlhf_recipes.ppo.advantages import kl_estimate
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Episodes, Roles
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
 
 GOLD = ("helpful", "honest", "harmless")
 """What a known truth says of a completion; each prompt asks for one of them."""
@@ -57,41 +62,43 @@ def sample(
     declared = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     rows = [(row["prompt"], render_prompt(dict(row), tokenizer)) for row in prompts for _ in range(samples)]
-    made = []
+
+    def complete(batch: Sequence[tuple[Any, list[int]]]) -> list[Sample]:
+        padded = Episodes.padded([ids for _, ids in batch], [[]] * len(batch), tokenizer.pad_token_id, model.device)
+        sequences = model.generate(
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=sorted(eos),
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+        )
+        made = []
+        for (prompt, prompt_ids), tokens in zip(batch, sequences[:, padded.input_ids.size(1) :].tolist(), strict=True):
+            end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+            text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+            made.append(Sample(prompt, text, prompt_ids, tokens[:end], tokens[end - 1] in eos))
+        return made
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for batch in _batches(rows, batch_size):
-            padded = Episodes.padded([ids for _, ids in batch], [[]] * len(batch), tokenizer.pad_token_id, model.device)
-            sequences = model.generate(
-                input_ids=padded.input_ids,
-                attention_mask=padded.attention_mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=sorted(eos),
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-            )
-            for (prompt, prompt_ids), tokens in zip(
-                batch, sequences[:, padded.input_ids.size(1) :].tolist(), strict=True
-            ):
-                end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
-                text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-                made.append(Sample(prompt, text, prompt_ids, tokens[:end], tokens[end - 1] in eos))
-    return made
+        return _by_batches(rows, batch_size, complete)
 
 
 @torch.no_grad()
 def rewards(roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample], batch_size: int) -> list[float]:
     """The reward adapter's score of each sample."""
-    scores: list[float] = []
+
+    def score(batch: Sequence[Sample]) -> list[float]:
+        episodes = _episodes(roles, tokenizer, batch)
+        return roles.scores(episodes.input_ids, episodes.attention_mask, tokenizer.pad_token_id).tolist()
+
     with roles.active(REWARD):
-        for batch in _batches(made, batch_size):
-            episodes = _episodes(roles, tokenizer, batch)
-            scores += roles.scores(episodes.input_ids, episodes.attention_mask, tokenizer.pad_token_id).tolist()
-    return scores
+        return _by_batches(made, batch_size, score)
 
 
 @torch.no_grad()
@@ -105,16 +112,17 @@ def kl(
     reference: str | None,
 ) -> list[float]:
     """KL(policy || reference) of each sample of `policy`, in nats per completion; the adapters are given by name."""
-    divergences: list[float] = []
-    for batch in _batches(made, batch_size):
+
+    def divergences(batch: Sequence[Sample]) -> list[float]:
         episodes = _episodes(roles, tokenizer, batch)
         logps = []
         for adapter in (policy, reference):
             with roles.active(adapter):
                 scored = roles.token_logps(episodes.input_ids, episodes.attention_mask, episodes.completion_length)
                 logps.append(scored[0].float())
-        divergences += (kl_estimate(logps[0], logps[1], "k3") * episodes.mask).sum(dim=1).tolist()
-    return divergences
+        return (kl_estimate(logps[0], logps[1], "k3") * episodes.mask).sum(dim=1).tolist()
+
+    return _by_batches(made, batch_size, divergences)
 
 
 def _episodes(roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample]) -> Episodes:
@@ -130,7 +138,8 @@ def summarize(measured: Mapping[str, Sequence[float | None]], samples: int) -> d
     """
     figures = {}
     for name, values in measured.items():
-        by_prompt = [[v for v in group if v is not None] for group in _batches(values, samples)]
+        groups = [values[start : start + samples] for start in range(0, len(values), samples)]
+        by_prompt = [[v for v in group if v is not None] for group in groups]
         if any(by_prompt):
             figures[name] = interval([fmean(group) for group in by_prompt if group])
     parts = [figures[name] for name in GOLD if name in figures]
@@ -214,5 +223,7 @@ def _last_words(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+def _by_batches(rows: Sequence[Row], size: int, compute: Callable[[Sequence[Row]], list[Result]]) -> list[Result]:
+    """`compute` on batches of at most `size` rows, its results in one list."""
+    parts, _ = in_chunks(len(rows), size, lambda part: compute(rows[part]))
+    return list(chain.from_iterable(parts))

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
+from rlhf_recipes.backoff import back_off, in_chunks
 from rlhf_recipes.data.formats import render
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.ppo.advantages import (
@@ -149,9 +151,12 @@ class PPOTrainer(GRPOTrainer):
         self.ptx_dataset: Any = ptx_dataset if args.ptx_coef else None
         self._scores: Tensor = torch.empty(0)
         self._logps_now: Tensor | None = None  # of the last policy forward, kept for metrics
-        self._pass_kl: list[float] = []  # KL to the generating policy, by micro-batch of the current rollout batch
+        self._pass_kl: defaultdict[int, list[float]] = defaultdict(list)  # KL to the generating policy, by pass
         self._stop_passes = False
+        self._seconds: defaultdict[str, float] = defaultdict(float)  # by phase, since the last rollout
         self._trunk_checked = False
+        self._rollout_batch_size, self._score_batch_size = args.rollout_batch_size, args.per_device_train_batch_size
+        back_off(self)
 
     def _assign_roles(self, reward_adapter: Path | None) -> Roles:
         """Add reference, reward and value to the policy, and settle what trains."""
@@ -193,15 +198,16 @@ class PPOTrainer(GRPOTrainer):
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[list[list[int]], Any]:
-        size = self.args.rollout_batch_size
+        generate = super()._generate_single_turn
         with self._timed("generate"):
-            if size is None or self.use_vllm or images or multimodal_fields:
-                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            completions: list[list[int]] = []
-            for start in range(0, len(prompt_ids), size):
-                chunk = prompt_ids[start : start + size]
-                completions += super()._generate_single_turn(chunk, None, {}, *args, **kwargs)[0]
-            return completions, None
+            if self.use_vllm or images or multimodal_fields:
+                return generate(prompt_ids, images, multimodal_fields, *args, **kwargs)
+            size = self._rollout_batch_size or len(prompt_ids)
+            chunks, fitted = in_chunks(
+                len(prompt_ids), size, lambda rows: generate(prompt_ids[rows], None, {}, *args, **kwargs)[0]
+            )
+        self._rollout_batch_size = None if fitted >= len(prompt_ids) else fitted
+        return [completion for chunk in chunks for completion in chunk], None
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         generated = super()._generate(prompts)
@@ -241,12 +247,12 @@ class PPOTrainer(GRPOTrainer):
 
     def _in_chunks(self, rollout: Rollout, compute: Callable[..., Any]) -> Any:
         """`compute(input_ids, attention_mask)` by micro-batches, with the trunk given, joined again."""
-        size = self.args.per_device_train_batch_size
-        parts = []
-        for start in range(0, len(rollout.input_ids), size):
-            rows = slice(start, start + size)
+
+        def part(rows: slice) -> Any:
             with self.roles.trunk_given(None if rollout.trunk is None else rollout.trunk[rows]):
-                parts.append(compute(rollout.input_ids[rows], rollout.attention_mask[rows]))
+                return compute(rollout.input_ids[rows], rollout.attention_mask[rows])
+
+        parts, self._score_batch_size = in_chunks(len(rollout.input_ids), self._score_batch_size, part)
         return torch.cat(parts)
 
     def _token_logps(
@@ -360,7 +366,18 @@ class PPOTrainer(GRPOTrainer):
         metrics["reward_with_kl"].append(self._mean(rewards.sum(dim=1)))
         self._show_advantages(advantages.sum(dim=1))
         made = {"advantages": advantages, "returns": returns, "values": values, "old_per_token_logps": rollout.logps}
-        return made if rollout.trunk is None else made | {"trunk": rollout.trunk}
+        made |= {} if rollout.trunk is None else {"trunk": rollout.trunk}
+        return made if self.ptx_dataset is None else made | self._demonstrations(len(mask))
+
+    def _demonstrations(self, episodes: int) -> dict[str, Tensor]:
+        """As many demonstrations as there are episodes; drawn by step, so that a resume draws the same."""
+        draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        rows = torch.randint(len(self.ptx_dataset), (self.accelerator.num_processes, episodes), generator=draw)
+        pairs = [render(self.ptx_dataset[i], self._tokenizer) for i in rows[self.accelerator.process_index].tolist()]
+        prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
+        batch = Episodes.padded(prompts, completions, self._tokenizer.pad_token_id, self.accelerator.device)
+        masks = {"ptx_attention_mask": batch.attention_mask, "ptx_mask": batch.mask}
+        return {"ptx_ids": batch.input_ids, "ptx_tokens": batch.mask.sum()} | masks
 
     def _shaped_scores(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Scores (b,) after clipping and the penalty for a missing EOS, and which episodes (b,) ended in EOS."""
@@ -383,7 +400,11 @@ class PPOTrainer(GRPOTrainer):
 
     def _begin_iteration(self, kl_per_episode: float, variance_explained: float) -> None:
         """Stop if the policy ran away, move the KL coefficient, and see whether the critic is ready."""
-        self._pass_kl, self._stop_passes = [], False
+        for phase, seconds in self._seconds.items():  # of the iteration before, and of this one's rollout
+            self._metrics["train"][f"time/{phase}"].append(seconds)
+        self._seconds.clear()
+        self._pass_kl.clear()
+        self._stop_passes = False
         if self.args.kl_budget is not None and kl_per_episode > self.args.kl_budget:
             self.stop_reason = (
                 f"stopped at step {self.state.global_step}: the KL to the reference is {kl_per_episode:.3g} nats per "
@@ -417,7 +438,7 @@ class PPOTrainer(GRPOTrainer):
         if not self.critic_ready or self._passes_are_over():
             return value_loss.detach().requires_grad_()  # a leaf: its backward moves nothing
         if self.ptx_dataset is not None:
-            self.accelerator.backward(self._ptx_loss(model))
+            self.accelerator.backward(self._ptx_loss(model, inputs))
         with self._timed("policy"), self.roles.trunk_given(inputs.get("trunk")):
             loss = super()._compute_loss(model, inputs)
             self._note_ratio(inputs)
@@ -435,51 +456,51 @@ class PPOTrainer(GRPOTrainer):
         values = self._values(input_ids, attention_mask, inputs["completion_ids"].size(1))
         loss = clipped_value_loss(values, inputs["values"], inputs["returns"], self.args.cliprange_value)
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        loss = (loss * inputs["completion_mask"]).sum() / (tokens * share)
+        loss = (loss * inputs["completion_mask"]).sum() / (tokens * self._share_of_rollout)
         per_step = loss.detach() * self.current_gradient_accumulation_steps
         self._metrics["train"]["value_loss"].append(self._mean(per_step))
         return loss
 
-    def _ptx_loss(self, model: nn.Module) -> Tensor:
-        """SFT loss on as many demonstrations as a micro-batch has episodes; drawn by step, so a resume draws the same.
+    def _ptx_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """SFT loss on the demonstrations that came with the episodes; a mean over those of the whole rollout batch.
 
         Source: InstructGPT (arXiv 2203.02155), equation 2.
         """
-        size = self.args.per_device_train_batch_size
-        accumulation = self.args.gradient_accumulation_steps
-        micro_step = self.state.global_step * accumulation + self._step % accumulation
-        draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + micro_step)
-        rows = torch.randint(len(self.ptx_dataset), (self.accelerator.num_processes, size), generator=draw)
-        pairs = [render(self.ptx_dataset[i], self._tokenizer) for i in rows[self.accelerator.process_index].tolist()]
-        prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
-        batch = Episodes.padded(prompts, completions, self._tokenizer.pad_token_id, self.accelerator.device)
-        ids, mask = batch.input_ids, batch.attention_mask
+        ids, attention_mask, mask = (inputs[f"ptx_{name}"] for name in ("ids", "attention_mask", "mask"))
         with self._timed("ptx"):
             with self.accelerator.autocast():
-                states = self.roles.trunk_states(ids, mask)
+                states = self.roles.trunk_states(ids, attention_mask)
             with self.roles.trunk_given(states):
-                logps, _ = self._token_logps(model, ids, mask, batch.completion_length)
-        loss = -logps[batch.mask].mean()
-        self._metrics["train"]["ptx_loss"].append(self._mean(loss.detach()))
-        return self.args.ptx_coef * loss / self.current_gradient_accumulation_steps
+                logps, _ = self._token_logps(model, ids, attention_mask, mask.size(1))
+        loss = -(logps * mask).sum() / (inputs["ptx_tokens"] * self._share_of_rollout)
+        self._metrics["train"]["ptx_loss"].append(self._mean(loss.detach()) * self.current_gradient_accumulation_steps)
+        return self.args.ptx_coef * loss
+
+    @property
+    def _share_of_rollout(self) -> float:
+        """What an optimizer step sees of a rollout batch: losses are means over that."""
+        return self.current_gradient_accumulation_steps / self.args.steps_per_generation
 
     def _note_ratio(self, inputs: dict[str, Any]) -> None:
         """Log the ratio of new to old policy and its KL over the micro-batch just computed."""
         mask = inputs["completion_mask"].bool()
         log_ratio = (self._logps_now - inputs["old_per_token_logps"])[mask]
-        self._pass_kl.append(self._mean(torch.expm1(log_ratio) - log_ratio))
+        kl = self._mean(torch.expm1(log_ratio) - log_ratio)
+        self._pass_kl[self._pass].append(kl)
         self._metrics["train"]["ratio"].append(self._mean(log_ratio.exp()))
-        self._metrics["train"]["kl_to_old_policy"].append(self._pass_kl[-1])
+        self._metrics["train"]["kl_to_old_policy"].append(kl)
 
     def _passes_are_over(self) -> bool:
         """Whether an earlier pass over this rollout batch ended beyond `target_kl`; looked at between passes only."""
-        micro_batches = self.args.steps_per_generation
-        new_pass = self._step % micro_batches == 0 and self._step % (micro_batches * self.num_iterations)
-        if self.args.target_kl is not None and new_pass and self._pass_kl:
-            last_pass = self._pass_kl[-micro_batches:]
-            self._stop_passes = self._stop_passes or sum(last_pass) / len(last_pass) > self.args.target_kl
+        before = self._pass_kl.get(self._pass - 1)
+        if self.args.target_kl is not None and before and self._pass % self.num_iterations:
+            self._stop_passes = self._stop_passes or sum(before) / len(before) > self.args.target_kl
         return self._stop_passes
+
+    @property
+    def _pass(self) -> int:
+        """The number of the current pass over a rollout batch, counted from the start of training."""
+        return int(self._step // self.args.steps_per_generation)
 
     # ---- optimizer: one for both, each with its own learning rate and gradient clipping
 
@@ -560,7 +581,8 @@ class PPOTrainer(GRPOTrainer):
     def _timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        self._metrics["train" if self.model.training else "eval"][f"time/{phase}"].append(time.perf_counter() - started)
+        if self.model.training:
+            self._seconds[phase] += time.perf_counter() - started
 
 
 def _align_with_iterations(args: PPOConfig) -> None:

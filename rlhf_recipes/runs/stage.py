@@ -298,10 +298,10 @@ class Stage:
         return any(self.checkpoints_dir.glob("checkpoint-*")) or self.manifest["attempts"] > 1
 
     def _leave_no_trace(self) -> None:
-        """Of a stage that was refused before it made anything; sweeps below it stay."""
+        """Of a stage that was refused before it made anything; sweeps below it and other stages of the run stay."""
         for name in (MANIFEST, "config.yaml", LOCK):
             (self.path / name).unlink(missing_ok=True)
-        for folder in (self.checkpoints_dir, self.path):
+        for folder in (self.checkpoints_dir, self.path, self.path.parent):
             with suppress(OSError):
                 folder.rmdir()
 
