@@ -26,7 +26,7 @@ from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from trl.trainer.utils import pad, selective_log_softmax_and_entropy
+from trl.trainer.utils import pad, selective_log_softmax, selective_log_softmax_and_entropy
 
 from rlhf_recipes.errors import UserError
 
@@ -291,10 +291,11 @@ class Roles:
         model: nn.Module | None = None,
         temperature: float = 1.0,
         entropy_grad: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and entropies (b, t) of the last `completion_length` tokens, under the active adapter.
 
-        Only their logits are computed: memory does not grow with prompt length times vocabulary.
+        Only their logits are computed: memory does not grow with prompt length times vocabulary. Without gradients the
+        entropies are None: who scores has no use for them.
 
         Args:
             model: this model as a trainer wrapped it, so that gradients are reduced over processes.
@@ -306,6 +307,8 @@ class Roles:
             use_cache=False,
         ).logits[:, :-1]
         tokens = input_ids[:, -completion_length:]
+        if not torch.is_grad_enabled():
+            return selective_log_softmax(logits, tokens, temperature), None
         return selective_log_softmax_and_entropy(logits, tokens, entropy_grad, temperature=temperature)
 
 

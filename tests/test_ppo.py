@@ -244,15 +244,17 @@ def test_log_probabilities_of_padded_rows_equal_those_of_each_row_alone(make_tra
 def test_trls_fused_head_which_serves_on_a_gpu_gives_the_same_log_probabilities_and_gradients(make_trainer):
     trainer = make_trainer()
     rollout = trainer._rolled_out([[5, 6], [7, 8, 9]], [[10, 11, 1], [12]])
+    [both] = rollout.micro_batches
+    mask = both.of_completions(rollout.mask)
     results = []
     for score in (trainer._token_logps, partial(GRPOTrainer._get_per_token_logps_and_entropies, trainer)):
         trainer.model.zero_grad()
-        with trainer.roles.trunk_given(rollout.trunk):
+        with trainer.roles.trunk_given(rollout.trunk[0]):
             kwargs = {} if score == trainer._token_logps else {"compute_entropy": True}
-            logps, entropies = score(trainer.model, rollout.input_ids, rollout.attention_mask, 3, **kwargs)[:2]
-        (logps * rollout.mask).sum().backward()
+            logps, entropies = score(trainer.model, *rollout.inputs(both), 3, **kwargs)[:2]
+        (logps * mask).sum().backward()
         grads = [p.grad.clone() for p in trainer.roles.trained[POLICY]]
-        results.append([logps.detach()[rollout.mask], entropies.detach()[rollout.mask], *grads])
+        results.append([logps.detach()[mask], entropies.detach()[mask], *grads])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -282,6 +284,25 @@ def test_rollouts_in_chunks_have_every_prompt_once_and_in_order(make_trainer, mo
     completions, _ = trainer._generate_single_turn(prompts, None, {}, 1)
     assert [len(chunk) for chunk in seen] == [3, 3, 2] and [ids for chunk in seen for ids in chunk] == prompts
     assert len(completions) == 8
+
+
+def test_each_micro_batch_is_as_wide_as_its_longest_episode_and_the_ratio_still_starts_at_one(make_trainer, prompts):
+    """Prompts of 2 to 4 words and one of 30: seven of eight micro-batches never see the width of the longest."""
+    trainer = make_trainer(
+        per_device_train_batch_size=2, gradient_accumulation_steps=8, max_steps=2, max_completion_length=3
+    )
+    long = "w1 " * 30
+    trainer.train_dataset = Dataset.from_dict(
+        {"prompt": [long if i % 16 == 3 else p for i, p in enumerate(prompts["prompt"])]}
+    )
+    widths = []
+    layer = trainer.roles.layers[-1]
+    layer.register_forward_hook(lambda m, args, out: widths.append(out.size(1)) if out.requires_grad else None)
+    trainer.train()
+    assert max(widths) > 30
+    assert sorted(widths)[len(widths) // 2] <= 4 + 3
+    assert history(trainer, "ratio")[0] == 1
+    assert history(trainer, "kl")[0] == 0
 
 
 def test_the_lm_head_sees_the_completion_alone(make_trainer):

@@ -43,6 +43,7 @@ METHODS = {
     ),
     "_calculate_rewards": (GRPOTrainer, "inputs prompts completions completion_ids_list"),
     "_generate_and_score_completions": (GRPOTrainer, "inputs"),
+    "_prepare_inputs": (GRPOTrainer, "generation_batch"),
     "_compute_loss": (GRPOTrainer, "model inputs"),
     "prediction_step": (GRPOTrainer, "model inputs prediction_loss_only ignore_keys"),
     "create_optimizer": (Trainer, "model"),
@@ -86,7 +87,10 @@ FUNCTIONS = {
     peft.utils.save_and_load.get_peft_model_state_dict: "model state_dict adapter_name",
     trl.trainer.utils.pad: "tensors padding_value padding_side pad_to_multiple_of",
     trl.trainer.utils.selective_log_softmax_and_entropy: "logits index entropy_requires_grad temperature",
+    trl.trainer.utils.selective_log_softmax: "logits index temperature",
     trl.trainer.utils.disable_dropout_in_model: "model",
+    trl.trainer.utils.shuffle_sequence_dict: "seq_dict",  # what they do with lists: tests/test_rollout.py
+    trl.trainer.utils.split_tensor_dict: "tensor_dict num_chunks",
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model: "module params_and_buffers_to_ignore",
     PreTrainedModel.enable_input_require_grads: "self",
     PreTrainedModel.disable_input_require_grads: "self",

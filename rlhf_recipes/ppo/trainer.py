@@ -12,7 +12,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,20 +38,12 @@ from rlhf_recipes.ppo.advantages import (
     whiten,
 )
 from rlhf_recipes.ppo.config import PPOConfig
+from rlhf_recipes.ppo.rollout import Rollout
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "ppo_state.json"
-
-
-@dataclass
-class Rollout(Episodes):
-    """The episodes of a rollout batch, as policy and reference see them."""
-
-    trunk: Tensor | None = None  # (b, p + t, hidden): output of the shared lower layers
-    logps: Tensor = field(default_factory=Tensor)  # (b, t): log-probabilities under the policy that generated them
-    ref_logps: Tensor = field(default_factory=Tensor)  # (b, t): the same under the reference
 
 
 class PPOTrainer(GRPOTrainer):
@@ -219,24 +210,25 @@ class PPOTrainer(GRPOTrainer):
         """Pad as TRL does, compute the trunk once, and score the sampled tokens under policy and reference."""
         pad_id, multiple = self._tokenizer.pad_token_id, self.pad_to_multiple_of
         rollout = Rollout.padded(prompt_ids, completion_ids, pad_id, self.accelerator.device, multiple)
+        rollout.sort(self.args.per_device_train_batch_size, multiple)
         with self._timed("score"), self.accelerator.autocast():
             self._check_trunk(rollout)
             if self.roles.trunk_layers:
-                rollout.trunk = self._in_chunks(rollout, self.roles.trunk_states)
+                rollout.trunk = self._compute(rollout, lambda ids, mask, _: self.roles.trunk_states(ids, mask))
 
-            def logps(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-                return self._token_logps(self.model, input_ids, attention_mask, rollout.completion_length)[0]
+            def logps(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+                return self._token_logps(self.model, input_ids, attention_mask, completion_length)[0]
 
-            rollout.logps = self._in_chunks(rollout, logps)
+            rollout.logps = rollout.join(self._compute(rollout, logps))
             with self.roles.active(REFERENCE):
-                rollout.ref_logps = self._in_chunks(rollout, logps)
+                rollout.ref_logps = rollout.join(self._compute(rollout, logps))
         return rollout
 
     def _check_trunk(self, rollout: Rollout) -> None:
         """Once, compare the model's output with and without the trunk, and go without where they differ."""
         if self._trunk_checked or not self.roles.trunk_layers:
             return
-        ids, mask = rollout.input_ids[:2], rollout.attention_mask[:2]
+        ids, mask = (x[:2] for x in rollout.inputs(rollout.micro_batches[0]))
         whole = self.roles.hidden_states(ids, mask).float()
         with self.roles.trunk_given(self.roles.trunk_states(ids, mask)):
             difference = (self.roles.hidden_states(ids, mask).float() - whole)[mask.bool()].norm() / whole.norm()
@@ -245,19 +237,24 @@ class PPOTrainer(GRPOTrainer):
             self.roles.trunk_layers = 0
         self._trunk_checked = True
 
-    def _in_chunks(self, rollout: Rollout, compute: Callable[..., Any]) -> Any:
-        """`compute(input_ids, attention_mask)` by micro-batches, with the trunk given, joined again."""
+    def _compute(self, rollout: Rollout, compute: Callable[[Tensor, Tensor, int], Any]) -> list[Any]:
+        """`compute(input_ids, attention_mask, completion_length)` of each micro-batch, with the trunk given."""
+        results = []
+        for micro_batch, trunk in zip(rollout.micro_batches, rollout.trunk, strict=True):
+            ids, mask = rollout.inputs(micro_batch)
+            length = micro_batch.of_completions(rollout.mask).size(1)
 
-        def part(rows: slice) -> Any:
-            with self.roles.trunk_given(None if rollout.trunk is None else rollout.trunk[rows]):
-                return compute(rollout.input_ids[rows], rollout.attention_mask[rows])
+            def part(rows: slice, ids: Tensor = ids, mask: Tensor = mask, trunk: Any = trunk, n: int = length) -> Any:
+                with self.roles.trunk_given(None if trunk is None else trunk[rows]):
+                    return compute(ids[rows], mask[rows], n)
 
-        parts, self._score_batch_size = in_chunks(len(rollout.input_ids), self._score_batch_size, part)
-        return torch.cat(parts)
+            parts, self._score_batch_size = in_chunks(len(ids), self._score_batch_size, part)
+            results.append(torch.cat(parts))
+        return results
 
     def _token_logps(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and entropies (b, t) of the completion's tokens, under the active adapter.
 
         On a GPU TRL's fused LM head does it without holding the logits. On a CPU that head scores the prompt too, and
@@ -265,7 +262,7 @@ class PPOTrainer(GRPOTrainer):
         """
         if self.accelerator.device.type != "cpu":
             logps, entropies, _ = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, completion_length, compute_entropy=True
+                model, input_ids, attention_mask, completion_length, compute_entropy=torch.is_grad_enabled()
             )
             return logps, entropies
         with self.accelerator.autocast():
@@ -295,9 +292,12 @@ class PPOTrainer(GRPOTrainer):
 
     def reward_model(self, **kwargs: Any) -> list[float]:
         """Scores of the current episodes by the reward adapter: a reward function as TRL knows them."""
-        score = functools.partial(self.roles.scores, pad_token_id=self._tokenizer.pad_token_id)
+
+        def scores(input_ids: Tensor, attention_mask: Tensor, _: int) -> Tensor:
+            return self.roles.scores(input_ids, attention_mask, self._tokenizer.pad_token_id)
+
         with torch.no_grad(), self.accelerator.autocast(), self.roles.active(REWARD):
-            return self._in_chunks(self._rollout, score).tolist()
+            return self._rollout.join(self._compute(self._rollout, scores)).tolist()
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[Any], completion_ids: Any) -> Tensor:
         with self._timed("reward"):
@@ -335,7 +335,11 @@ class PPOTrainer(GRPOTrainer):
         if mode == "eval":
             metrics["objective"].append(self._mean(scores) - self.kl.coef * kl_per_episode)
         else:
-            batch |= self._advantages(rollout, scores)
+            batch = rollout.split(batch | self._advantages(rollout, scores))
+            if self.roles.trunk_layers:
+                batch["trunk"] = rollout.trunk
+            if self.ptx_dataset is not None:
+                batch |= self._demonstrations([len(micro_batch.rows) for micro_batch in rollout.micro_batches])
             tokens = self.accelerator.gather(rollout.mask.sum()).sum().item()
             metrics["tokens_per_second"].append(tokens / (time.perf_counter() - started))
             self._begin_iteration(kl_per_episode, metrics["explained_variance"][-1])
@@ -344,12 +348,11 @@ class PPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _advantages(self, rollout: Rollout, scores: Tensor) -> dict[str, Tensor]:
-        """What training needs of a rollout batch: advantages, returns, old values and log-probabilities, the trunk."""
+        """What training needs of a rollout batch: advantages, returns, old values and log-probabilities (b, t)."""
         args, mask = self.args, rollout.mask
         reduce = functools.partial(self.accelerator.reduce, reduction="sum")
         with self._timed("score"), self.roles.active(VALUE):
-            compute = functools.partial(self._values, completion_length=rollout.completion_length)
-            values = self._in_chunks(rollout, compute) * mask
+            values = rollout.join(self._compute(rollout, self._values)) * mask
         penalty = kl_estimate(rollout.logps, rollout.ref_logps, args.kl_estimator)
         rewards = token_rewards(scores.nan_to_num(nan=0.0), penalty, mask, self.kl.coef)
         if args.whiten_rewards:
@@ -365,19 +368,29 @@ class PPOTrainer(GRPOTrainer):
         metrics["kl_coef"].append(self.kl.coef)
         metrics["reward_with_kl"].append(self._mean(rewards.sum(dim=1)))
         self._show_advantages(advantages.sum(dim=1))
-        made = {"advantages": advantages, "returns": returns, "values": values, "old_per_token_logps": rollout.logps}
-        made |= {} if rollout.trunk is None else {"trunk": rollout.trunk}
-        return made if self.ptx_dataset is None else made | self._demonstrations(len(mask))
+        return {"advantages": advantages, "returns": returns, "values": values, "old_per_token_logps": rollout.logps}
 
-    def _demonstrations(self, episodes: int) -> dict[str, Tensor]:
-        """As many demonstrations as there are episodes; drawn by step, so that a resume draws the same."""
+    def _demonstrations(self, sizes: list[int]) -> dict[str, Any]:
+        """For each micro-batch as many demonstrations as it has episodes; drawn by step, so a resume draws the same."""
         draw = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        rows = torch.randint(len(self.ptx_dataset), (self.accelerator.num_processes, episodes), generator=draw)
-        pairs = [render(self.ptx_dataset[i], self._tokenizer) for i in rows[self.accelerator.process_index].tolist()]
-        prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
-        batch = Episodes.padded(prompts, completions, self._tokenizer.pad_token_id, self.accelerator.device)
-        masks = {"ptx_attention_mask": batch.attention_mask, "ptx_mask": batch.mask}
-        return {"ptx_ids": batch.input_ids, "ptx_tokens": batch.mask.sum()} | masks
+        rows = torch.randint(len(self.ptx_dataset), (self.accelerator.num_processes, sum(sizes)), generator=draw)
+        batches = []
+        for own in rows[self.accelerator.process_index].split(sizes):
+            pairs = [render(self.ptx_dataset[i], self._tokenizer) for i in own.tolist()]
+            prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
+            pad_id = self._tokenizer.pad_token_id
+            batches.append(Episodes.padded(prompts, completions, pad_id, self.accelerator.device))
+        return {
+            "ptx_ids": [batch.input_ids for batch in batches],
+            "ptx_attention_mask": [batch.attention_mask for batch in batches],
+            "ptx_mask": [batch.mask for batch in batches],
+            "ptx_tokens": torch.stack([batch.mask.sum() for batch in batches]).sum(),
+        }
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(generation_batch)
+        # a micro-batch comes as lists of one: see Rollout.split
+        return {name: x[0] if isinstance(x, list) else x for name, x in inputs.items() if name != "micro_batch"}
 
     def _shaped_scores(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Scores (b,) after clipping and the penalty for a missing EOS, and which episodes (b,) ended in EOS."""
