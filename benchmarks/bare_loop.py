@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,7 +24,7 @@ CLIP, VALUE_CLIP, GAMMA, LAMBDA = 0.2, 0.2, 1.0, 0.95
 class Loop:
     """Policy, reference, reward and value as adapters on one base whose lower layers are shared and frozen."""
 
-    def __init__(self, base: Path, rank: int, alpha: int, trunk: int, rate: float) -> None:
+    def __init__(self, base: Path, reward: Path, rank: int, alpha: int, trunk: int, rate: float) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -36,6 +38,11 @@ class Loop:
         for name, parameter in names.items():
             source = next((name.replace(f".{role}.", ".default.") for role in ROLES[1:] if f".{role}." in name), name)
             parameter.data = names[source].data.float() if "lora_" in name else parameter.data
+        saved = load_file(reward / "adapter_model.safetensors")
+        head = saved.pop("base_model.model.score.weight")
+        for role, module in self.heads.items():
+            set_peft_model_state_dict(self.model, saved, adapter_name=role)
+            module.weight.data.copy_(head)
         self.upper = {id(p) for layer in self.decoder.layers[trunk:] for p in layer.parameters()}
         # a bf16 linear layer on a slice copies its weight once for every row on a CPU
         model.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
@@ -145,23 +152,23 @@ def main() -> None:
     """Run some iterations on the prompts of a file, all of one length."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--reward", type=Path, required=True, help="a reward model: LoRA adapter with a score head")
     parser.add_argument("--prompts", type=Path, required=True, help="conversations, one a line")
     parser.add_argument("--iterations", type=int, required=True)
-    parser.add_argument("--episodes", type=int, default=32)
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--passes", type=int, default=2)
-    parser.add_argument("--new-tokens", type=int, default=24)
-    parser.add_argument("--trunk", type=int, default=15, help="layers")
+    for name in ("episodes", "micro-batch", "passes", "new-tokens", "trunk", "rank", "alpha", "seed"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    for name in ("rate", "beta"):
+        parser.add_argument(f"--{name}", type=float, required=True)
     options = parser.parse_args()
-    torch.manual_seed(0)
-    loop = Loop(options.base, rank=16, alpha=32, trunk=options.trunk, rate=1e-4)
+    torch.manual_seed(options.seed)
+    loop = Loop(options.base, options.reward, options.rank, options.alpha, options.trunk, options.rate)
     prompts = [json.loads(line)["prompt"] for line in options.prompts.read_text().splitlines()]
     encoded = loop.tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )["input_ids"]
     for i in range(options.iterations):
         rows = torch.arange(i * options.episodes, (i + 1) * options.episodes) % len(encoded)
-        made = loop.rollout(encoded[rows], options.new_tokens, options.micro_batch, beta=0.05)
+        made = loop.rollout(encoded[rows], options.new_tokens, options.micro_batch, options.beta)
         loop.train(made, options.new_tokens, options.micro_batch, options.passes)
 
 

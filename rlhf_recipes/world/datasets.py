@@ -11,10 +11,10 @@ Row = dict[str, Any]
 Splits = dict[str, list[Row]]
 
 DEMONSTRATIONS = 240
-RANKINGS = 960
+RANKINGS = 1350
 RESPONSES = 4
-HELD_OUT_RANKINGS = 2
-"""Rankings per held-out prompt: about 2,200 pairs to measure a reward model on."""
+HELD_OUT_RANKINGS = 4
+"""Rankings per held-out prompt: about 4,400 pairs to measure a reward model on."""
 CARELESS = 0.5
 """Share of the demonstrations written by somebody who says whatever comes to mind."""
 
