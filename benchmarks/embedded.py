@@ -23,7 +23,7 @@ def main(runs_dir: str = "runs/benchmark") -> None:
     """Make what is missing of all seeds, and write the table."""
     for seed in SEEDS:
         for stage in STAGES:
-            options = [f"run=seed{seed}", f"seed={seed}", f"runs_dir={runs_dir}", "evaluation.samples=16"]
+            options = [f"run=seed{seed}", f"seed={seed}", f"runs_dir={runs_dir}", "evaluation.samples=64"]
             subprocess.run([sys.executable, "-m", f"recipes.{stage}", *options], check=True)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(report(Path(runs_dir)))
@@ -53,7 +53,7 @@ def report(runs: Path) -> str:
             f"`python -m benchmarks.embedded`, {date.today()}, {manifest['device']}, {manifest['platform']}.",
             f"Versions: {versions}.",
             "",
-            "192 held-out prompts, 16 samples each at temperature 1; ± is half of the 95% interval over prompts.",
+            "192 held-out prompts, 64 samples each at temperature 1; ± is half of the 95% interval over prompts.",
             "`gold` is the mean of helpful, honest and harmless. The changes are taken prompt by prompt.",
             "",
             "| seed | policy | " + " | ".join(MEASURES) + " |",
