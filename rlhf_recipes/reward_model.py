@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes import evaluation
+from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.data.formats import render
 from rlhf_recipes.roles import HEAD_FILE, POLICY, REWARD, Episodes, Roles
 
@@ -38,18 +39,22 @@ def tokenize(pairs: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 def pair_scores(
     model: PeftModel, pairs: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Scores (n,) of the chosen and of the rejected answers of tokenized pairs, under the reward model as trained."""
+    """Scores (n,) of the chosen and of the rejected answers of tokenized pairs, under the reward model as trained.
+
+    An answer that stands in several pairs, as those of a ranking do, is scored once.
+    """
     model.eval()
-    columns = []
-    for key in ("chosen_ids", "rejected_ids"):
-        scores = []
-        for rows in pairs.select_columns([key]).iter(batch_size):
-            batch = Episodes.padded([[]] * len(rows[key]), rows[key], tokenizer.pad_token_id, model.device)
-            scores.append(
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].float().cpu()
-            )
-        columns.append(torch.cat(scores))
-    return columns[0], columns[1]
+    columns = [[tuple(ids) for ids in pairs[key]] for key in ("chosen_ids", "rejected_ids")]
+    answers = sorted(set(chain(*columns)), key=len)  # those of like length together
+
+    def score(rows: slice) -> list[float]:
+        ids = [list(answer) for answer in answers[rows]]
+        batch = Episodes.padded([[]] * len(ids), ids, tokenizer.pad_token_id, model.device)
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].tolist()
+
+    scores = dict(zip(answers, chain(*in_chunks(len(answers), batch_size, score)[0]), strict=True))
+    chosen, rejected = (torch.tensor([scores[answer] for answer in column]) for column in columns)
+    return chosen, rejected
 
 
 def agreement(chosen: Tensor, rejected: Tensor, prompts: Sequence[Any] | None = None, bins: int = 10) -> dict[str, Any]:

@@ -137,6 +137,17 @@ def test_pair_scores_are_the_models_own_of_each_row_without_padding(classifier, 
         assert scores.tolist() == pytest.approx(alone, rel=1e-3, abs=1e-5)
 
 
+def test_an_answer_that_stands_in_several_pairs_is_scored_once(classifier, tokenizer):
+    best, middle, worst = [3, 4, 1], [5, 1], [6, 7, 8, 1]
+    ranked = [(best, middle), (best, worst), (middle, worst)]
+    pairs = Dataset.from_list([{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in ranked])
+    rows = []
+    classifier.register_forward_hook(lambda m, args, kwargs, out: rows.append(len(out.logits)), with_kwargs=True)
+    chosen, rejected = pair_scores(classifier, pairs, tokenizer, batch_size=2)
+    assert sum(rows) == 3
+    assert chosen[0] == chosen[1] and rejected[1] == rejected[2] and rejected[0] == chosen[2]
+
+
 def test_the_score_is_read_before_the_eos_where_the_pad_is_the_eos(classifier, pairs, tokenizer):
     """As in SmolLM2: training, these figures and PPO must read the same place."""
     tokenizer = copy.deepcopy(tokenizer)

@@ -13,8 +13,8 @@ Splits = dict[str, list[Row]]
 DEMONSTRATIONS = 240
 RANKINGS = 1350
 RESPONSES = 4
-HELD_OUT_RANKINGS = 4
-"""Rankings per held-out prompt: about 4,400 pairs to measure a reward model on."""
+HELD_OUT_RANKINGS = 2
+"""Rankings per held-out prompt: about 2,200 pairs to measure a reward model on."""
 CARELESS = 0.5
 """Share of the demonstrations written by somebody who says whatever comes to mind."""
 
@@ -27,11 +27,15 @@ def demonstrations(seed: int = 0) -> Splits:
     return {"train": train, "test": test}
 
 
-def rankings(seed: int = 0) -> Splits:
-    """Rows of `prompt`, `responses` and `ranking` (1 is best, ties allowed) by noisy raters."""
+def rankings(seed: int = 0, held_out: int = HELD_OUT_RANKINGS) -> Splits:
+    """Rows of `prompt`, `responses` and `ranking` (1 is best, ties allowed) by noisy raters.
+
+    Args:
+        held_out: rankings of each held-out prompt.
+    """
     rng = random.Random(f"rankings {seed}")
     train = [_ranked(p, rng) for p in _draw(RANKINGS, rng)]
-    test = [_ranked(p, rng) for p in _held_out() * HELD_OUT_RANKINGS]
+    test = [_ranked(p, rng) for p in _held_out() * held_out]
     return {"train": train, "test": test}
 
 
