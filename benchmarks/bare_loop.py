@@ -82,7 +82,7 @@ class Loop:
         """Hidden states before each new token, and after the last one."""
         return self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -new - 1 :].float()
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _trunk_of(self, ids: Tensor) -> Tensor:
         kept: list[Tensor] = []
         hook = self.trunk[-1].register_forward_hook(lambda _, __, output: kept.append(output))
@@ -95,7 +95,7 @@ class Loop:
         hook.remove()
         return kept[0]
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def rollout(self, prompts: Tensor, new: int, micro_batch: int, beta: float) -> dict[str, Tensor]:
         """Generate for prompts (b, p) of equal length, score, and compute advantages and returns (b, new)."""
         self.model.eval()
@@ -127,9 +127,8 @@ class Loop:
         return made | {"ids": ids, "advantages": advantages, "returns": returns}
 
     def train(self, made: dict[str, Tensor], new: int, micro_batch: int, passes: int) -> None:
-        """One optimizer step for each pass over the rollout batch."""
+        """Passes over the rollout batch, with one optimizer step for each micro-batch."""
         self.model.train()
-        share = micro_batch / len(made["ids"])
         for _ in range(passes):
             for rows in torch.randperm(len(made["ids"])).split(micro_batch):
                 batch = {name: tensor[rows] for name, tensor in made.items()}
@@ -137,15 +136,15 @@ class Loop:
                     values = self.heads["value"](self._hidden(batch["ids"], new)[:, :-1])[..., 0]
                     clipped = batch["values"] + (values - batch["values"]).clamp(-VALUE_CLIP, VALUE_CLIP)
                     errors = [(v - batch["returns"]) ** 2 for v in (values, clipped)]
-                    (0.5 * torch.maximum(*errors).mean() * share).backward()
+                    (0.5 * torch.maximum(*errors).mean()).backward()
                 with self._as("default", batch["trunk"]):
                     ratio = (self._logps(batch["ids"], new) - batch["logps"]).exp()
                     gains = [r * batch["advantages"] for r in (ratio, ratio.clamp(1 - CLIP, 1 + CLIP))]
-                    (-torch.minimum(*gains).mean() * share).backward()
-            for parameters in self.trained:
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+                    (-torch.minimum(*gains).mean()).backward()
+                for parameters in self.trained:
+                    nn.utils.clip_grad_norm_(parameters, 1.0)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
 
 
 def main() -> None:

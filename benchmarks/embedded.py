@@ -78,8 +78,10 @@ def reward_model_row(run: Path, seed: int) -> str:
     tokenizer = models.load_tokenizer(cfg.model, pairs)
     model = models.load_reward_model(cfg, run / "sft")
     model.load_adapter(run / "rm", adapter_name="default")
-    scores = reward_model.pair_scores(model, reward_model.tokenize(pairs, tokenizer), tokenizer, batch_size=256)
-    figures, ceiling = reward_model.agreement(*scores, pairs["prompt"]), world.ceiling(rows)
+    chosen, rejected = reward_model.pair_scores(
+        model, reward_model.tokenize(pairs, tokenizer), tokenizer, batch_size=256
+    )
+    figures, ceiling = reward_model.agreement(chosen, rejected, pairs["prompt"]), world.ceiling(rows)
     mean, half_width = figures["accuracy"]
     return (
         f"| {seed} | {mean:.3f} ± {half_width:.3f} | {ceiling:.3f} | {100 * (ceiling - mean):.1f} | "

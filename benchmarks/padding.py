@@ -1,0 +1,116 @@
+"""What it saves to train on micro-batches of like length: writes benchmarks/results/padding.md.
+
+    python -m benchmarks.padding [--model <folder or hub id>]
+
+PPO on prompts whose lengths spread as those of real data do, with and without the sorting of `ppo/rollout.py`; in
+turns, each in a process of its own.
+"""
+
+import json
+import logging
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, median
+
+from benchmarks import stages
+from benchmarks.ppo_task import write_lines
+from benchmarks.stages import Row
+from benchmarks.turns import Contestant, header, options, probe, spread, write
+
+EPISODES, MICRO_BATCH, ITERATIONS, COMPLETION = 32, 4, 5, 32
+MEDIAN, SIGMA, LONGEST = 60, 0.8, 300  # of the log-normal lengths of prompts, in tokens
+NOTES = [
+    f"- PPO in bf16, {EPISODES} episodes an iteration in micro-batches of {MICRO_BATCH}, two passes, default trunk, no",
+    f"  checkpointing. Prompts are log-normal in length: median {MEDIAN} tokens, sigma {SIGMA}, at most {LONGEST};",
+    f"  completions have up to {COMPLETION}.",
+    "- *Padded* is what TRL does: every episode as wide as the longest prompt and completion of the batch.",
+    "- Time of a whole iteration, generation included, which padding makes slower in both.",
+]
+
+
+def main() -> None:
+    """Run both in turns and write the table."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if len(sys.argv) > 1 and sys.argv[1] == "padded":
+        padded(sys.argv[2:])
+        return
+    chosen = options("padding", __doc__, task=False)
+    prompts = chosen.cache / "padding.jsonl"
+    write_prompts(prompts, chosen.model)
+    rows: dict[str, list[Row]] = {"padded": [], "by length": []}
+    for turn in range(chosen.turns):
+        for name, turns in rows.items():
+            run = probe(contestant(name, chosen.model, prompts), chosen.cache / "runs" / "padding" / str(turn))
+            turns.append(Row("ppo", name, run))
+    head = header("Micro-batches of like length", "padding", chosen, rows["padded"][0].cost)
+    write("padding", [*head, *table(rows), "", *NOTES])
+
+
+def contestant(name: str, model: str, prompts: Path) -> Contestant:
+    """PPO by its recipe, with or without the sorting."""
+    training = stages.training("ppo", checkpointing=False) | {
+        "max_steps": 2 * ITERATIONS,
+        "per_device_train_batch_size": MICRO_BATCH,
+        "gradient_accumulation_steps": EPISODES // MICRO_BATCH,
+        "steps_per_generation": EPISODES // MICRO_BATCH,
+        "max_completion_length": COMPLETION,
+    }
+    overrides = [
+        *(f"model.name_or_path={model}", "model.dtype=bfloat16", "start=model", "data=files"),
+        *(f"data.prompts.path={prompts}", "evaluation.prompts=0", "reward=function"),
+        f"reward.functions=[{Path(__file__).parent / 'long_words.py'}:share]",
+        *(f"training.{key}={json.dumps(value)}" for key, value in training.items()),
+    ]
+
+    def program(folder: Path, seed: int) -> Sequence[str]:
+        module = ["benchmarks.padding", "padded"] if name == "padded" else ["recipes.ppo"]
+        return ["-m", *module, f"runs_dir={folder / 'runs'}", "run=padding", f"seed={seed}", *overrides]
+
+    return Contestant(name, Path(sys.executable), stages.IMPORTS, program, rival=False, steps=2)
+
+
+def padded(overrides: list[str]) -> None:
+    """The recipe, but every micro-batch is as wide as the rollout batch."""
+    import torch
+
+    from recipes import ppo
+    from rlhf_recipes.ppo.rollout import MicroBatch, Rollout
+
+    def sort(self: Rollout, size: int, multiple: int | None = None) -> None:
+        whole = slice(None)
+        self.micro_batches = [MicroBatch(rows, whole, whole) for rows in torch.arange(len(self.mask)).split(size)]
+        self.trunk = [None] * len(self.micro_batches)
+
+    Rollout.sort = sort  # type: ignore[method-assign]
+    sys.argv = [sys.argv[0], *overrides]
+    ppo.main()
+
+
+def write_prompts(file: Path, model: str) -> None:
+    """Prompts of random words, one token each."""
+    from transformers import AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
+    words = sorted(token for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha())
+    chance = random.Random(0)
+    lengths = [min(round(MEDIAN * chance.lognormvariate(0, SIGMA)), LONGEST) for _ in range(EPISODES * ITERATIONS * 2)]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_lines(file, [{"prompt": "".join(chance.choices(words, k=n)).replace("Ġ", " ")} for n in lengths])
+
+
+def table(rows: dict[str, list[Row]]) -> list[str]:
+    """A line each, with the ratio to the padded one."""
+    lines = ["| micro-batches | s / iteration | | peak anonymous, MB | |", "|---" * 5 + "|"]
+    first = rows["padded"]
+    seconds, memory = fmean(r.seconds for r in first), median(r.cost.anonymous for r in first)
+    for name, turns in rows.items():
+        own, peak = [row.seconds for row in turns], [float(row.cost.anonymous) for row in turns]
+        ratios = f"{fmean(own) / seconds:.2f}", f"{median(peak) / memory:.2f}"
+        lines.append(f"| {name} | {spread(own, 1)} | {ratios[0]} | {spread(peak, 0)} | {ratios[1]} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Our PPO and others on the common task, in turns: what they cost, and the reward that they reached."""
+
+import argparse
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks import ppo_task
+from benchmarks.ppo_task import EPISODES, STEPS, Task
+from benchmarks.turns import Contestant, Probed, error_line, header, run, spread, write
+
+logger = logging.getLogger(__name__)
+
+SKIPPED = 5
+"""Iterations that the timing leaves out: the first is slow everywhere, and up to four more are cheap for us, while our
+critic warms up and the policy rests."""
+
+
+@dataclass(frozen=True)
+class Run(Probed):
+    """One turn of one contestant."""
+
+    rewards: dict[int, float]  # of held-out prompts, by iteration; 0 is the base
+
+    @property
+    def seconds_per_episode(self) -> float:
+        """Mean over the iterations that count."""
+        first = min(SKIPPED, len(self.seconds) - 1)
+        return (self.seconds[-1] - self.seconds[first - 1]) / (len(self.seconds) - first) / EPISODES
+
+    def trained(self, iteration: int) -> float:
+        """Seconds of training up to the end of an iteration; the first counts as the mean of those that are timed."""
+        if iteration == 0:
+            return 0.0
+        return self.seconds[iteration - 1] - self.seconds[0] + self.seconds_per_episode * EPISODES
+
+    def reward_after(self, seconds: float) -> float | None:
+        """Reward after so many seconds of training, linear between snapshots; None where the run was shorter."""
+        points = [(self.trained(iteration), reward) for iteration, reward in sorted(self.rewards.items())]
+        for (start, before), (end, after) in pairwise(points):
+            if start <= seconds <= end:
+                return before + (after - before) * (seconds - start) / (end - start)
+        return None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A contestant that did not run to its end, with what it said."""
+
+    message: str
+
+
+def ours(task: Task, iterations: int, label: str, *overrides: str, once: bool = False) -> Contestant:
+    """Our recipe on the common task, with its defaults but for the overrides."""
+
+    def program(folder: Path, seed: int) -> list[str]:
+        training: dict[str, Any] = {
+            "seed": seed,  # the seed outside is that of the adapters, which the reward model's must equal for a trunk
+            "max_steps": iterations * STEPS,
+            "per_device_train_batch_size": ppo_task.MICRO_BATCH,
+            "gradient_accumulation_steps": 1,
+            "steps_per_generation": EPISODES // ppo_task.MICRO_BATCH,
+            "num_iterations": ppo_task.PASSES,
+            "max_completion_length": ppo_task.NEW_TOKENS,
+            "learning_rate": ppo_task.LEARNING_RATE,
+            "value_learning_rate": ppo_task.LEARNING_RATE,
+            "beta": ppo_task.KL_COEFFICIENT,
+            # not part of the task: no other tool stops, evaluates or saves
+            "kl_budget": "null",
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": "false",
+        }
+        return [
+            "-m",
+            "recipes.ppo",
+            *ppo_task.recipe_options(task, folder / "runs"),
+            f"data.prompts.path={task.prompts}",
+            f"reward.model={task.reward_adapter}",
+            "evaluation.prompts=0",
+            *(f"training.{key}={value}" for key, value in training.items()),
+            *overrides,
+        ]
+
+    return Contestant(
+        label, Path(sys.executable), ["rlhf_recipes:PPOTrainer"], program, rival=False, steps=STEPS, once=once
+    )
+
+
+def compete(
+    contestants: Sequence[Contestant], task: Task, chosen: argparse.Namespace, name: str
+) -> dict[str, list[Run | Failure]]:
+    """Run everybody in turns and judge what came of it; by label, a result for each turn."""
+    contestants = [c for c in contestants if re.search(chosen.only, c.label)]
+    runs = [
+        (contestant, seed, chosen.cache / "runs" / name / contestant.slug / str(seed))
+        for seed in range(chosen.turns)
+        for contestant in contestants
+        if seed == 0 or not contestant.once
+    ]
+    snapshots = sorted({round(chosen.iterations * quarter / 4) for quarter in (1, 2, 3, 4)} - {0})
+    for contestant, seed, folder in runs:
+        run(contestant, folder, seed, snapshots=snapshots, resume=chosen.resume)
+    judge = ppo_task.Judge(task)
+    start = judge.reward(None)
+    results: dict[str, list[Run | Failure]] = {}
+    for contestant, _, folder in runs:
+        results.setdefault(contestant.label, []).append(result(folder, judge, start, chosen.iterations))
+    return results
+
+
+def result(folder: Path, judge: ppo_task.Judge, start: float, iterations: int) -> Run | Failure:
+    """What a turn came to, from what it left in its folder."""
+    code = int((folder / "exit.txt").read_text())
+    if code:
+        return Failure(error_line((folder / "log.txt").read_text()) or f"exit code {code}")
+    probed = Probed.read(folder)
+    if len(probed.seconds) != iterations:
+        return Failure(f"{len(probed.seconds)} iterations were counted instead of {iterations}")
+    snapshots = {int(file.stem.removeprefix("policy-")): file for file in folder.glob("policy-*.safetensors")}
+    rewards = {iteration: judge.reward(file) for iteration, file in sorted(snapshots.items())}
+    return Run(**vars(probed), rewards={0: start} | rewards)
+
+
+def table(results: dict[str, list[Run | Failure]], reference: str, iterations: int) -> list[str]:
+    """One row for each contestant; `reference` is the label whose time the last column takes, and ratios refer to."""
+    lines = [
+        "| | s / episode | x ours | peak RSS, MB | x ours | peak anonymous, MB | "
+        f"reward after {iterations * EPISODES} episodes | reward after our time |",
+        "|---" * 8 + "|",
+    ]
+    own = [turn for turn in results.get(reference, []) if isinstance(turn, Run)]
+    time = fmean(turn.seconds_per_episode for turn in own) if own else float("nan")
+    rss = fmean(turn.rss for turn in own) if own else float("nan")
+    for label, turns in results.items():
+        runs = [turn for turn in turns if isinstance(turn, Run)]
+        failures = {turn.message for turn in turns if isinstance(turn, Failure)}
+        if runs:
+            equal_time = [
+                turn.reward_after(other.trained(iterations))
+                for turn, other in zip(turns, results.get(reference, []), strict=False)
+                if isinstance(turn, Run) and isinstance(other, Run)
+            ]
+            cells = [
+                spread([turn.seconds_per_episode for turn in runs], 3),
+                f"{fmean(turn.seconds_per_episode for turn in runs) / time:.2f}",
+                spread([float(turn.rss) for turn in runs], 0),
+                f"{fmean(turn.rss for turn in runs) / rss:.2f}",
+                spread([float(turn.anonymous) for turn in runs], 0),
+                spread([turn.rewards.get(iterations) for turn in runs], 2),
+                spread(equal_time, 2),
+            ]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        for message in sorted(failures):
+            lines.append(f"| {label} | failed: {message.replace('|', '/')} |" + " |" * 6)
+    return lines
+
+
+def write_report(
+    name: str,
+    title: str,
+    results: dict[str, list[Run | Failure]],
+    reference: str,
+    chosen: argparse.Namespace,
+    notes: str,
+) -> None:
+    """Print the report, and write it to benchmarks/results/<name>.md unless rows were left out."""
+    runs = {label: next((t for t in turns if isinstance(t, Run)), None) for label, turns in results.items()}
+    first = next((run for run in runs.values() if run), None)
+    start = f"{first.rewards[0]:.2f}" if first else "-"
+    text = [
+        *header(title, name, chosen, first),
+        *table(results, reference, chosen.iterations),
+        "",
+        f"Mean over {chosen.turns} turns (lowest to highest), each with a seed of its own; a row without a range for "
+        "the time ran in the first turn alone. The tools ran in turns, each in a process of its own.",
+        "",
+        f"- **Task**: {Path(chosen.model).name}, LoRA r={ppo_task.RANK} on all linear layers, {EPISODES} episodes an "
+        f"iteration of {ppo_task.PROMPT_TOKENS} + {ppo_task.NEW_TOKENS} tokens, {ppo_task.PASSES} passes in "
+        f"micro-batches of {ppo_task.MICRO_BATCH} with one optimizer step each, learning rate "
+        f"{ppo_task.LEARNING_RATE:g}, KL coefficient {ppo_task.KL_COEFFICIENT:g}, temperature 1, no gradient "
+        "checkpointing unless the row says so. The policy starts from the model itself. The reward model was trained "
+        "once, by our recipe, and is given to ours as an adapter, to the others in their own form.",
+        f"- **Time**: without loading and the first {SKIPPED} iterations; our critic warms up in up to four of them, "
+        "when an iteration is cheap and the policy rests. In the rewards they count.",
+        "- **Memory**: the peak of the process less what it has after importing its libraries. Resident memory counts "
+        "the pages of the mapped weight files, anonymous memory does not.",
+        f"- **Reward**: of {ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} samples each, temperature 1, "
+        "by the common reward model, whose scores on the base's answers have spread 1; the base has "
+        f"{start}. *Our time* is that of the row `{reference}` for all its episodes; between snapshots the reward is "
+        "read off a line.",
+        notes.strip(),
+        "",
+        "Versions:",
+        "",
+        *(
+            f"- {label}: " + ", ".join(f"{p} {v}" for p, v in run.versions.items())
+            for label, run in runs.items()
+            if run
+        ),
+        "",
+    ]
+    if chosen.only:
+        logger.info("%s", "\n".join(text))
+    else:
+        write(name, text)

@@ -1,0 +1,205 @@
+"""Runs programs in turns, each in a process of its own under the probe, and writes tables of what they cost."""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from statistics import fmean
+
+logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PROBE = Path(__file__).parent / "probe.py"
+
+CONSTRAINTS = "torch==2.13.0"
+"""Of every rival's environment: the torch that the project is tested with."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A tool in one setting: a row of the table."""
+
+    label: str
+    python: Path
+    imports: Sequence[str]  # what its memory is counted from, `module:attribute`
+    program: Callable[[Path, int], Sequence[str]]  # from the folder and the seed of a run: what python is to run
+    environment: dict[str, str] | None = None
+    rival: bool = True
+    steps: int = 1  # optimizer steps of what counts as an iteration
+    once: bool = False  # it runs in the first turn alone: a setting that is shown beside another row
+
+    @property
+    def slug(self) -> str:
+        """The label as the name of a folder."""
+        return re.sub(r"\W+", "-", self.label).strip("-").lower()
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What the probe noted of one run."""
+
+    seconds: list[float]  # when each iteration ended
+    rss: int  # MB, the peak less what imports took
+    anonymous: int  # MB, likewise
+    versions: dict[str, str]
+    threads: int
+
+    @classmethod
+    def read(cls, folder: Path) -> "Probed":
+        """From the folder of a run that ended well."""
+        noted = json.loads((folder / "probe.json").read_text())
+        rss, anonymous = (noted["peak"][kind] - noted["before"][kind] for kind in ("rss", "anonymous"))
+        return cls(noted["seconds"], rss, anonymous, noted["versions"], noted["threads"])
+
+
+def options(name: str, description: str | None, *, task: bool = True) -> argparse.Namespace:
+    """The command line of a benchmark; `task` where it is the PPO task, whose length can be chosen."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        default="HuggingFaceTB/SmolLM2-135M-Instruct",
+        help="hub id or folder of a causal LM with a ChatML tokenizer (default: %(default)s)",
+    )
+    if task:
+        parser.add_argument("--iterations", type=int, default=20, help="of 32 episodes (default: %(default)s)")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=3,
+        help="runs of each, with a seed each; rows of less weight run once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=REPOSITORY / ".bench",
+        help="folder of the environments, the task and the runs (default: .bench in the repository)",
+    )
+    parser.add_argument(
+        "--only", default="", help="only the rows whose label this regular expression finds, for a trial"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the runs that are finished")
+    chosen = parser.parse_args()
+    if task and chosen.iterations < 2:
+        parser.error("--iterations: the first is not timed, so at least 2")
+    chosen.cache = chosen.cache.resolve()
+    return chosen
+
+
+def environment(cache: Path, name: str, requirements: Sequence[str]) -> Path:
+    """The python of a rival's virtual environment, which is made unless it is there."""
+    folder = cache / "environments" / name
+    python = folder / "bin" / "python"
+    stamp = folder / "requirements.txt"
+    wanted = "\n".join(requirements)
+    if stamp.exists() and stamp.read_text() == wanted:
+        return python
+    logger.info("making the environment of %s in %s (some minutes)", name, folder)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    constraints = folder / "constraints.txt"
+    constraints.write_text(CONSTRAINTS)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--quiet", "-c", str(constraints), *requirements]
+    subprocess.run(pip, check=True)
+    stamp.write_text(wanted)
+    return python
+
+
+def run(
+    contestant: Contestant, folder: Path, seed: int = 0, *, snapshots: Sequence[int] = (), resume: bool = False
+) -> int:
+    """One turn: the program under the probe, its output in `log.txt`, its exit code in `exit.txt` and returned.
+
+    Args:
+        snapshots: the iterations after which the policy is written.
+    """
+    if resume and (folder / "exit.txt").exists():
+        return int((folder / "exit.txt").read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    probe = [PROBE, "--folder", folder, "--steps", contestant.steps, "--snapshots", ",".join(map(str, snapshots))]
+    probe += ["--imports", ",".join(contestant.imports)]
+    command = [str(part) for part in (contestant.python, *probe, "--", *contestant.program(folder, seed))]
+    # the comparison is one of CPUs, also on a machine with a GPU
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    # a rival runs beside the repository, lest a folder of ours is taken for a package of its own
+    cwd = folder if contestant.rival else REPOSITORY
+    logger.info("%s, turn %d ...", contestant.label, seed + 1)
+    with (folder / "log.txt").open("w") as log:
+        done = subprocess.run(
+            command, cwd=cwd, env=variables | (contestant.environment or {}), stdout=log, stderr=subprocess.STDOUT
+        )
+    (folder / "exit.txt").write_text(str(done.returncode))
+    return done.returncode
+
+
+def probe(contestant: Contestant, runs: Path) -> Probed:
+    """Run a program of ours once and read what it cost.
+
+    Raises:
+        RuntimeError: it failed; its log is named.
+    """
+    folder = runs / contestant.slug
+    if run(contestant, folder):
+        raise RuntimeError(f"{contestant.label} failed; see {folder / 'log.txt'}")
+    return Probed.read(folder)
+
+
+def error_line(log: str) -> str | None:
+    """The first line of the last error in a log."""
+    found = re.findall(r"^(?:\w+\.)*\w*(?:Error|Exception): .*", log, flags=re.MULTILINE)
+    return found[-1] if found else None
+
+
+def spread(values: Sequence[float | None], digits: int) -> str:
+    """Mean and range over the turns: `0.57 (0.56 to 0.59)`; values that are missing are left out."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return "-"
+    mean, low, high = (f"{value:.{digits}f}" for value in (fmean(there), min(there), max(there)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def header(title: str, name: str, chosen: argparse.Namespace, probed: Probed | None) -> list[str]:
+    """The first lines of a report: what was run, when, and on what."""
+    given = {key: getattr(chosen, key) for key in ("iterations", "turns") if key in chosen}
+    command = " ".join([f"python -m benchmarks.{name}", *(f"--{key} {value}" for key, value in given.items())])
+    threads = probed.threads if probed else "?"
+    device = f"{processor()}, {threads} threads, {platform.system()} {platform.machine()}"
+    packages = ", ".join(f"{p} {v}" for p, v in probed.versions.items()) if probed else "?"
+    return [
+        f"# {title}",
+        "",
+        f"`{command}`, {Path(chosen.model).name}, {date.today()}, {device}.",
+        "",
+        f"Ours: {packages}.",
+        "",
+    ]
+
+
+def write(name: str, lines: Sequence[str]) -> None:
+    """Print a report, and write it to benchmarks/results/<name>.md."""
+    logger.info("%s", "\n".join(lines))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text("\n".join([*lines, ""]))
+
+
+def processor() -> str:
+    """The CPU's name, as Linux has it."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor()
