@@ -82,7 +82,7 @@ class Loop:
         """Hidden states before each new token, and after the last one."""
         return self.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, -new - 1 :].float()
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def _trunk_of(self, ids: Tensor) -> Tensor:
         kept: list[Tensor] = []
         hook = self.trunk[-1].register_forward_hook(lambda _, __, output: kept.append(output))
@@ -95,7 +95,7 @@ class Loop:
         hook.remove()
         return kept[0]
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
+    @torch.no_grad()
     def rollout(self, prompts: Tensor, new: int, micro_batch: int, beta: float) -> dict[str, Tensor]:
         """Generate for prompts (b, p) of equal length, score, and compute advantages and returns (b, new)."""
         self.model.eval()
