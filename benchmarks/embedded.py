@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from rlhf_recipes import models, reward_model, world
+from rlhf_recipes import models, reward_model, terminal, world
 from rlhf_recipes.config import compose
 
 SEEDS = (0, 1, 2)
@@ -25,6 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "embedded.md"
 
 def main(runs_dir: str = "runs/benchmark") -> None:
     """Make what is missing of all seeds, and write the table."""
+    terminal.quiet()
     for seed in SEEDS:
         for stage in STAGES:
             options = [f"run=seed{seed}", f"seed={seed}", f"runs_dir={runs_dir}", "evaluation.samples=64"]
