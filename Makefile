@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help sft rm dpo ppo test lint setup clean
+.PHONY: help sft rm dpo ppo plan test lint setup clean
 .NOTPARALLEL:# the stages of one line run in its order, also with -j
 .SHELLFLAGS := -f -c# no globbing: data.sft.path=my/*.jsonl reaches the recipe as it is
 
@@ -24,6 +24,10 @@ dpo: .venv/.ready  ## improve the SFT model on preferences, with no reward model
 
 ppo: .venv/.ready  ## improve the SFT model against the reward model, under a KL penalty
 	@$(RUN) recipes.ppo $(ARGS) $(PPO_ARGS)
+
+plan: .venv/.ready  ## predict the peak memory of each stage, and what fits on a card (CARD=12, in GB)
+	@$(RUN) recipes.plan $(if $(CARD),card=$(CARD)) $(ARGS) \
+	  --sft $(SFT_ARGS) --rm $(RM_ARGS) --dpo $(DPO_ARGS) --ppo $(PPO_ARGS)
 
 test: .venv/.ready  ## run the tests (TEST_ARGS="-k runs" picks some)
 	@$(RUN) pytest $(TEST_ARGS)

@@ -1,5 +1,6 @@
 """The base model, its tokenizer and its adapters, loaded as a stage's config says."""
 
+import gc
 import hashlib
 import json
 import logging
@@ -128,6 +129,7 @@ def _loading(model: DictConfig) -> Iterator[None]:
 
 def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
     """The base model, quantized as the config says, frozen; a `classifier` has a scalar head for the LM head."""
+    gc.collect()  # a base that was let go is still in cycles with its trainer: two would be in memory
     common: dict[str, Any] = {
         "revision": cfg.model.revision,
         "trust_remote_code": cfg.model.trust_remote_code,

@@ -18,13 +18,14 @@ from rlhf_recipes import PPOConfig
 from rlhf_recipes.config import CONF, compose
 from rlhf_recipes.config.command import _checked
 from rlhf_recipes.config.options import GROUPS, TRAINING, options
+from rlhf_recipes.plan.command import parse
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SOURCES = sorted([*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").glob("*.py"), *CONF.rglob("*.yaml")])
 TARGETS = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split())
 COMMAND = re.compile(r"^\s*(?:#\s*)?((?:make|python -m recipes\.\w+) .*)$")
-VARIABLES = {"ARGS": set(TRAINING)} | {f"{recipe.upper()}_ARGS": {recipe} for recipe in TRAINING}
+VARIABLES = {"ARGS": set(TRAINING)} | {f"{recipe.upper()}_ARGS": {recipe} for recipe in TRAINING} | {"CARD": {"plan"}}
 
 
 def told(file):
@@ -42,11 +43,16 @@ COMMANDS = [(file, command) for file in (*DOCUMENTS, *SOURCES) for command in to
 def recipes_of(command):
     """What a command runs: recipe and arguments, as make's recipe lines and the shell take them apart."""
     words = shlex.split(command, comments=True)
+    if words[:3] == ["python", "-m", "recipes.plan"]:
+        asked = parse(words[3:], "")
+        return [(recipe, asked.overrides(recipe)) for recipe in TRAINING]
     if words[0] == "python":
         return [(words[2].removeprefix("recipes."), words[3:])]
     variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
     targets = [word for word in words[1:] if "=" not in word]
     assert targets and set(targets) <= TARGETS, command
+    if "plan" in targets:  # it looks at every stage
+        targets += TRAINING
     assert variables.keys() <= VARIABLES.keys(), command
     for name in variables:
         assert VARIABLES[name] & {*targets}, f"{name} reaches no target of the line: {command}"

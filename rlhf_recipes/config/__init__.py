@@ -7,6 +7,6 @@ are told in one message, and only what somebody set reaches the class. Nothing h
 second.
 """
 
-from rlhf_recipes.config.command import CONF, build, compose, plain, recipe
+from rlhf_recipes.config.command import CONF, build, compose, plain, plain_errors, recipe
 
-__all__ = ["CONF", "build", "compose", "plain", "recipe"]
+__all__ = ["CONF", "build", "compose", "plain", "plain_errors", "recipe"]

@@ -66,7 +66,7 @@ def recipe(name: str) -> Callable[[Callable[[DictConfig], object]], Callable[[],
     def decorate(main: Callable[[DictConfig], object]) -> Callable[[], None]:
         @functools.wraps(main)
         def command() -> None:
-            with _plain_errors():
+            with plain_errors():
                 _command(name, main, sys.argv[1:])
 
         return command
@@ -75,7 +75,8 @@ def recipe(name: str) -> Callable[[Callable[[DictConfig], object]], Callable[[],
 
 
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
+    """A `UserError` ends the program as its plain message on stderr, with exit code 2."""
     try:
         yield
     except UserError as error:
@@ -103,7 +104,7 @@ def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -
 
     def job(composed: DictConfig) -> None:
         terminal.quiet()
-        with _plain_errors():
+        with plain_errors():
             main(_node(name, _examined(name, composed)[0]))
 
     flags = [argument for argument in argv if argument not in typed]

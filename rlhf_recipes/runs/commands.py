@@ -20,9 +20,18 @@ def make_command(targets: Sequence[str], overrides: Sequence[str], *more: str) -
     'make sft ARGS="run=mine model=qwen2.5-0.5b"'
     """
     shared = [o for o in overrides if re.split(r"[=.@]", o)[0] in SHARED]
-    text = " ".join(shlex.quote(override) for override in (*shared, *more))
+    return f"make {' '.join(targets)}{make_variable('ARGS', [*shared, *more])}"
+
+
+def make_variable(name: str, overrides: Sequence[str]) -> str:
+    """A variable of the make line that holds overrides, after a space; nothing for none.
+
+    >>> make_variable("PPO_ARGS", ["training.beta=0.1"])
+    ' PPO_ARGS="training.beta=0.1"'
+    """
+    text = " ".join(shlex.quote(override) for override in overrides)
     quoted = shlex.quote(text) if set(text) & set('"$`\\') else f'"{text}"'
-    return f"make {' '.join(targets)}" + (f" ARGS={quoted}" if text else "")
+    return f" {name}={quoted}" if text else ""
 
 
 def typed_overrides() -> list[str]:

@@ -1,0 +1,290 @@
+"""How good `make plan` is: predicted against measured peak memory of every stage; writes benchmarks/results/plan.md.
+
+    python -m benchmarks.plan [folder of one more model]
+
+The real recipes run a few steps on the CPU, on small models with random weights that are made here and on the one in
+the folder. Measured is the peak of anonymous memory beyond what the process has after the same stage on a model of next
+to no size, which leaves imports and the like behind, less what such a stage takes again (tokenizer, datasets, logs).
+Weights are copied off the mapped file, and the allocators keep nothing back, so that what is counted is what is in use.
+Linux only; about 20 minutes.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from datetime import date
+from importlib.metadata import version
+from multiprocessing import Pipe, get_context
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    # glibc gives freed memory back at once
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+    # oneDNN, which multiplies on a CPU, keeps no buffers for shapes that it has seen
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
+    "LRU_CACHE_CAPACITY": "1",
+}
+RESULTS = Path(__file__).parent / "results" / "plan.md"
+STAGES = ("sft", "rm", "dpo", "ppo")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+TINY, QWEN, LLAMA = "tiny", "qwen3 8x512", "llama 6x768"
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+SHAPES: dict[str, dict[str, Any]] = {
+    TINY: HEADS | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 128},
+    QWEN: HEADS | {"hidden_size": 512, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 50000},
+    LLAMA: HEADS
+    | {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 32000, "head_dim": 96},
+}
+NF4, INT8, CHECKPOINTS = "quantization=nf4", "quantization=int8", "training.gradient_checkpointing=true"
+
+
+@dataclass
+class Row:
+    """One run, and its peaks in bytes: texts of `length` tokens, of which the last quarter is the answer."""
+
+    stage: str
+    model: str
+    rows: int
+    length: int
+    overrides: list[str] = field(default_factory=list)
+    predicted: int = 0
+    measured: int = 0
+    phase: str = ""
+
+    @property
+    def answer(self) -> int:
+        """Tokens of the answer."""
+        return self.length // 4
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.predicted / self.measured - 1
+
+    def arguments(self, folder: Path, run: str) -> list[str]:
+        """The command line of the recipe."""
+        given = [
+            f"model.name_or_path={self.model if '/' in self.model else folder / self.model}",
+            "model.dtype=bfloat16",
+            f"run={run}",
+            f"runs_dir={folder}/runs",
+            "data=files",
+            "data.heldout=2",
+            "evaluation.prompts=0",
+            "evaluation.max_new_tokens=4",
+            "evaluation.batch_size=8",
+            f"training.per_device_train_batch_size={self.rows}",
+            "training.per_device_eval_batch_size=1",
+            "training.gradient_accumulation_steps=2",  # the second has the gradients of the first
+            "training.max_steps=2",  # and the second step the optimizer's states
+            "training.save_strategy=no",
+            "training.gradient_checkpointing=false",
+        ]
+        if self.stage != "sft":
+            given.append("start=model")
+        if self.stage == "ppo":
+            given += [
+                "reward=function",
+                f"reward.functions=[{folder}/reward.py:length]",
+                f"data.prompts.path={folder}/prompts{self.length - self.answer}.jsonl",
+                f"training.max_completion_length={self.answer}",
+                f"training.generation_kwargs={{min_new_tokens: {self.answer}}}",
+                "training.steps_per_generation=2",
+                "training.num_iterations=1",
+                "training.value_warmup_max_iterations=0",
+                "training.eval_strategy=no",
+                "training.load_best_model_at_end=false",
+            ]
+        else:
+            part = "sft" if self.stage == "sft" else "preferences"
+            given += [f"data.{part}.path={folder}/{part}{self.length}.jsonl", f"training.max_length={self.length}"]
+        return [*given, *self.overrides]
+
+
+def rows(other: str | None) -> Iterator[Row]:
+    """What is run: micro-batches and lengths, with and without 4 bits, 8 bits, checkpointing and trunk."""
+    for stage in STAGES:
+        upper = [] if stage == "sft" else ["trunk=0.75"]
+        every = [] if stage == "sft" else ["trunk=0"]
+        yield Row(stage, QWEN, 2, 256)
+        yield Row(stage, QWEN, 4, 128, [NF4])
+        yield Row(stage, QWEN, 6, 96, [CHECKPOINTS])
+        yield Row(stage, LLAMA, 4, 160, upper)
+        yield Row(stage, LLAMA, 2, 192, [INT8])
+        yield Row(stage, LLAMA, 3, 192, [NF4, CHECKPOINTS])
+        yield Row(stage, LLAMA, 1, 384, every)
+        if other:
+            yield Row(stage, other, 2, 160)
+
+
+def make(folder: Path) -> None:
+    """Models with random weights, a tokenizer of words, and data of known lengths."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(("<pad>", "<eos>", "<unk>", "the", "a"))}
+    wordwise = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    wordwise.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    for name, shape in SHAPES.items():
+        ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+        config = AutoConfig.for_model(
+            "qwen3" if name == QWEN else "llama", tie_word_embeddings=name == QWEN, **shape, **ids
+        )
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        PreTrainedTokenizerFast(tokenizer_object=wordwise, **tokens).save_pretrained(folder / name)
+    (folder / "reward.py").write_text("def length(completions, **kwargs):\n    return [len(c) for c in completions]\n")
+    for length in {row.length for row in rows("another")} | {256}:
+        answer = length // 4
+        made: dict[str, list[dict[str, str]]] = {f"sft{length}": [], f"preferences{length}": []}
+        made[f"prompts{length - answer}"] = []
+        for i in range(40):
+            words_of_prompt = ["the"] * (length - answer - i % 2)  # every batch has a longest row, and padding
+            words_of_prompt[i + 1] = "a"  # no two are the same
+            prompt = {"prompt": " ".join(words_of_prompt)}
+            whole, cut = (" " + " ".join(["the"] * n) for n in (answer - 1, answer - 5))
+            made[f"sft{length}"].append(prompt | {"completion": whole})
+            made[f"preferences{length}"].append(prompt | {"chosen": whole, "rejected": cut})
+            made[f"prompts{length - answer}"].append(prompt)
+        for name, of_part in made.items():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_part))
+
+
+def anonymous(process: int | str = "self") -> int:
+    """Anonymous memory of a process, in bytes; 0 when it is gone."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return 0
+
+
+def run(row: Row, folder: Path, number: int, before: Any) -> None:
+    """A stage on the tiny model and then on its own, in a process whose output goes into a file; sends what was before.
+
+    Weights are put in memory of their own instead of the mapped file.
+    """
+    from rlhf_recipes import models
+
+    file = os.open(folder / f"{number}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    load = models.load_base
+
+    def load_off_file(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model
+
+    models.load_base = load_off_file
+    recipe = importlib.import_module(f"recipes.{row.stage}")
+    for turn, each in enumerate((replace(row, model=TINY, rows=1), row)):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        if turn == 1:
+            before.send(anonymous())
+        sys.argv = [f"recipes.{row.stage}", *each.arguments(folder, f"run{number}-{turn}")]
+        recipe.main()
+
+
+def measure(row: Row, folder: Path, number: int) -> int:
+    """Peak of anonymous memory, in bytes, beyond what the process has after the same stage on the tiny model."""
+    received, sent = Pipe(duplex=False)
+    process = get_context("fork").Process(target=run, args=(row, folder, number, sent))
+    process.start()
+    before = peak = 0
+    while process.is_alive():
+        if before or received.poll():
+            before = before or received.recv()
+            peak = max(peak, anonymous(process.pid or 0))
+        time.sleep(0.003)
+    if process.exitcode:
+        raise RuntimeError(f"{row} failed: {(folder / f'{number}.log').read_text()[-3000:]}")
+    return peak - before
+
+
+def predict(row: Row, folder: Path) -> None:
+    """Fill in what the plan says."""
+    from rlhf_recipes.config import compose
+    from rlhf_recipes.plan.stages import plan
+
+    cfg = compose(row.stage, row.arguments(folder, "plan"))
+    found = plan(row.stage, cfg, prompt_length=row.length - row.answer, device="cpu")
+    row.predicted, row.phase = found.peak, found.phase
+
+
+def report(done: list[Row], beside: dict[str, int]) -> str:
+    """The tables in Markdown."""
+    errors = {stage: [abs(row.error) for row in done if row.stage == stage] for stage in STAGES}
+    lines = [
+        "# Predicted and measured peak memory",
+        "",
+        f"`python -m benchmarks.plan`, {date.today()}, CPU, one thread, {platform.platform()}.",
+        f"Versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.",
+        "",
+        (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip(),
+        "",
+        "Nothing in the plan is fitted to these figures: all rows judge it. On a GPU other kernels run (the LM head in "
+        "Triton, in place; attention; the allocator's fragments): no figure there has been measured yet.",
+        "",
+        "| stage | rows | mean error | largest error | taken off: tokenizer, datasets, logs, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for stage, of_stage in errors.items():
+        mean, largest = sum(of_stage) / len(of_stage), max(of_stage)
+        lines.append(f"| {stage} | {len(of_stage)} | {mean:.1%} | {largest:.1%} | {beside[stage] >> 20} |")
+    columns = "stage | model | micro-batch x tokens | overrides | peak comes in | predicted, MB | measured, MB | error"
+    lines += ["", f"| {columns} |", "|---" * 8 + "|"]
+    for row in done:
+        given = " ".join(f"`{o}`" for o in row.overrides)
+        cells = [row.stage, Path(row.model).name, f"{row.rows} x {row.length}", given, row.phase]
+        cells += [str(row.predicted >> 20), str(row.measured >> 20), f"{row.error:+.1%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(other: str | None = None) -> None:
+    """Measure everything and write the table."""
+    if any(os.environ.get(name) != value for name, value in SETTINGS.items()):  # they are read when a process starts
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.plan", *sys.argv[1:]], os.environ | SETTINGS)
+    for name in ("evaluation", "backoff", "plan.stages", "reward_model", "ppo.trainer", "world"):
+        importlib.import_module(f"rlhf_recipes.{name}")
+    import trl
+
+    for trainer in ("SFTTrainer", "RewardTrainer", "DPOTrainer"):
+        getattr(trl, trainer)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make(folder)
+        beside: dict[str, int] = {}
+        done = []
+        for number, row in enumerate([*(Row(stage, TINY, 1, 256) for stage in STAGES), *rows(other)]):
+            row.measured = measure(row, folder, number) - beside.get(row.stage, 0)
+            if row.model == TINY:
+                beside[row.stage] = row.measured
+                print(row.stage, row.measured >> 20, "MB taken off", flush=True)
+                continue
+            predict(row, folder)
+            done.append(row)
+            print(row, f"{row.error:+.1%}", flush=True)
+    RESULTS.write_text(report(done, beside))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

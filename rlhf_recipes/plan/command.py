@@ -1,0 +1,108 @@
+"""The command line of `make plan`, and what it tells a person."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlhf_recipes.config.options import TRAINING
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.runs.commands import make_variable
+
+if TYPE_CHECKING:
+    from rlhf_recipes.plan.stages import Plan
+
+CONTEXT = 0.6
+"""GB of a card that CUDA and its libraries take: an assumption, like the next."""
+FRAGMENTS = 0.05
+"""Share of a card that its allocator loses in pieces too small to use."""
+SHARED = ("quantization", "trunk")
+"""Overrides on which all stages have to agree."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be planned: overrides of all stages, those of each, the card in GB, and the prompts' tokens."""
+
+    common: list[str]
+    own: dict[str, list[str]]
+    card: float | None = None
+    prompt: int = 512
+
+    def overrides(self, stage: str) -> list[str]:
+        """What make hands to a stage."""
+        return [*self.common, *self.own[stage]]
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes that a plan may take on the card."""
+        return None if self.card is None else int((self.card * (1 - FRAGMENTS) - CONTEXT) * 2**30)
+
+
+def parse(arguments: Sequence[str], story: str) -> Asked:
+    """`card=12 prompt=512 <overrides of all stages> --sft <its own> --rm ... --dpo ... --ppo ...`.
+
+    Raises:
+        UserError: card or prompt is no positive number.
+    """
+    parser = argparse.ArgumentParser("plan", description=story, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("common", nargs="*", metavar="key=value", help="card, prompt, and overrides of every stage")
+    for stage in TRAINING:
+        parser.add_argument(f"--{stage}", nargs="*", default=[], metavar="key=value", help=f"those of {stage} alone")
+    found = vars(parser.parse_args(arguments))
+    common = found.pop("common")
+    given = dict(o.split("=", 1) for o in common if o.startswith(("card=", "prompt=")))
+    try:
+        card, prompt = float(given["card"]) if "card" in given else None, int(given.get("prompt", 512))
+    except ValueError as error:
+        raise UserError(f"card (GB) and prompt (tokens) are numbers: {error}") from error
+    if prompt < 1 or (card is not None and card <= 0):
+        raise UserError(f"card (GB) and prompt (tokens) are more than 0; here card={card} prompt={prompt}")
+    return Asked([o for o in common if o.split("=")[0] not in given], found, card, prompt)
+
+
+def row(plan: Plan, limit: int | None) -> dict[str, str]:
+    """The line of a stage in the table, in GB."""
+    cells = {part: f"{size / 2**30:.2f}" if size else "-" for part, size in plan.parts.items()}
+    fits = {} if limit is None else {"fits": "yes" if plan.peak <= limit else "no"}
+    return {"GB": plan.stage, **cells, "peak": f"{plan.peak / 2**30:.2f}", **fits, "comes in": plan.phase}
+
+
+def assumptions(asked: Asked) -> str:
+    """What the table takes for granted."""
+    text = f"Texts as long as training.max_length, prompts of {asked.prompt} tokens (prompt=...)."
+    if asked.card is None or asked.limit is None:
+        return f"{text} CARD=12 tells what fits into 12 GB."
+    return (
+        f"{text} Of {asked.card:g} GB, {asked.limit / 2**30:.1f} are counted on: {CONTEXT:g} GB go to CUDA, "
+        f"{FRAGMENTS:.0%} are lost in fragments."
+    )
+
+
+def advice(asked: Asked, tried: Mapping[str, Mapping[str, str] | None]) -> str:
+    """The make line under which all stages fit, from the overrides that were found for those that do not."""
+    hopeless = [stage for stage, extra in tried.items() if extra is None]
+    lines = [f"{stage}: fits with nothing that was tried; take a smaller model or larger card." for stage in hopeless]
+    extra = {stage: found for stage, found in tried.items() if found}
+    if extra:
+        shared = {key: value for found in extra.values() for key, value in found.items() if key in SHARED}
+        line = "make " + " ".join(stage for stage in TRAINING if stage not in hopeless)
+        line += make_variable("ARGS", with_overrides(asked.common, shared))
+        for stage, own in asked.own.items():
+            found = extra.get(stage, {})
+            alone = {key: value for key, value in found.items() if key not in SHARED}
+            kept = [o for o in own if _key(o) not in shared]
+            line += "" if stage in hopeless else make_variable(f"{stage.upper()}_ARGS", with_overrides(kept, alone))
+        lines += [f"{', '.join(extra)}: fits by this line (planned again, not measured):", f"  {line}"]
+    return "\n".join(lines)
+
+
+def with_overrides(overrides: Sequence[str], extra: Mapping[str, str]) -> list[str]:
+    """Overrides with some more, in place of earlier ones of the same keys."""
+    return [o for o in overrides if _key(o) not in extra] + [f"{key}={value}" for key, value in extra.items()]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+").split("=")[0]
