@@ -176,6 +176,7 @@ def recipe_options(task: Task, runs: Path) -> list[str]:
         "run=task",
         "start=model",
         "data=files",
+        "model=smollm2-135m",  # lest the embedded world's own settings hold, those of the default group
         f"model.name_or_path={task.base}",
         "model.dtype=bfloat16",
         f"lora.r={RANK}",

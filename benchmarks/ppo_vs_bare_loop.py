@@ -27,7 +27,7 @@ def main() -> None:
     """Run both in turns and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options(NAME, __doc__)
-    task = ppo_task.prepare(chosen.cache / "task", chosen.model)
+    task = ppo_task.prepare(chosen.cache, chosen.model)
     contestants = [ours(task, chosen.iterations, OURS), bare_loop(task, chosen.iterations)]
     write_report(NAME, "PPO against a bare loop", compete(contestants, task, chosen, NAME), OURS, chosen, NOTES)
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -141,6 +142,8 @@ def run(
         done = subprocess.run(
             command, cwd=cwd, env=variables | (contestant.environment or {}), stdout=log, stderr=subprocess.STDOUT
         )
+    if done.returncode in (-signal.SIGTERM, -signal.SIGINT):  # no failure of the program's own
+        raise SystemExit(f"{contestant.label} was ended from outside; go on with --resume")
     (folder / "exit.txt").write_text(str(done.returncode))
     return done.returncode
 

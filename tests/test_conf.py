@@ -13,6 +13,7 @@ OWN_DATA = ["data.sft.path=a.jsonl", "data.preferences.path=b.jsonl", "data.prom
 NEEDED = {
     "data/files": OWN_DATA,
     "data/capybara": OWN_DATA[1:],  # demonstrations only
+    "model/other": ["model.name_or_path=org/model"],
     "reward/function": ["reward.functions=[rewards.py:brevity]"],
     "reward/url": ["reward.url=http://localhost:8000"],
 }

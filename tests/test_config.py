@@ -360,3 +360,15 @@ def test_help_configs_and_refusals_take_less_than_two_seconds_and_no_torch(
     assert done.returncode == code, done.stderr
     assert "torch!" not in done.stderr
     assert seconds < 2
+
+
+@pytest.mark.parametrize("recipe", ["sft", "rm", "dpo", "ppo"])
+def test_another_model_by_its_name_gets_none_of_the_embedded_ones_settings(recipe: str) -> None:
+    named = compose(recipe, ["model.name_or_path=org/model"])
+    assert named.model.name_or_path == "org/model"
+    preset = compose(recipe, ["model=smollm2-135m"])
+    assert dict(named.training) == dict(preset.training) != dict(compose(recipe).training)
+    assert named.evaluation == preset.evaluation
+    assert compose(recipe, ["model.name_or_path=embedded"]) == compose(recipe)
+    kept = compose(recipe, ["model=qwen2.5-0.5b", "model.name_or_path=org/model"])
+    assert kept.model.eos_token == "<|im_end|>"
