@@ -165,8 +165,8 @@ def _rewritten(overrides: Sequence[str], *, multirun: bool) -> tuple[dict[str, l
         elif override.is_delete() or override.is_hydra_override():
             accepted[text] = [text]
         else:
-            chosen = any(other.startswith("model=") for other in overrides)
-            if key == "model.name_or_path" and override.value() != "embedded" and not chosen:
+            preset = any(other.startswith("model=") for other in overrides)
+            if key == "model.name_or_path" and override.value() != "embedded" and not preset:
                 accepted["model=other"] = ["model=other"]  # the settings of the default model are not for this one
             if isinstance(override.value(), list) and key.startswith("data."):
                 accepted[f"~{key}"] = [f"~{key}"]  # a mixture takes the place of the preset's one source
