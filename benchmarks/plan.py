@@ -235,7 +235,7 @@ def report(done: list[Row], beside: dict[str, int]) -> str:
     lines = [
         "# Predicted and measured peak memory",
         "",
-        f"`python -m benchmarks.plan`, {date.today()}, CPU, one thread, {platform.platform()}.",
+        f"`python -m benchmarks.plan`, {date.today()}, CPU, one thread, {platform.system()} {platform.machine()}.",
         f"Versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.",
         "",
         (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip(),
