@@ -71,7 +71,9 @@ class Made:
         if manifest is None or manifest["status"] != "finished":
             raise UserError(f"{path} is no finished stage: there is no {MANIFEST} in it that says so.")
         if faults := damage(Path(path), manifest, contents=True):
-            raise UserError(f"{path} is not what it was when it was finished:\n{listed(faults)}\nMake it again: overwrite=true.")
+            raise UserError(
+                f"{path} is not what it was when it was finished:\n{listed(faults)}\nMake it again: overwrite=true."
+            )
         return cls(Path(path), manifest)
 
 
