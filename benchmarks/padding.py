@@ -89,15 +89,12 @@ def padded(overrides: list[str]) -> None:
 
 
 def write_prompts(file: Path, model: str) -> None:
-    """Prompts of random words, one token each."""
-    from transformers import AutoTokenizer
-
-    vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
-    words = sorted(token for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha())
+    """Prompts whose lengths spread."""
     chance = random.Random(0)
+    text = stages.writer(model, chance)
     lengths = [min(round(MEDIAN * chance.lognormvariate(0, SIGMA)), LONGEST) for _ in range(EPISODES * ITERATIONS * 2)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_lines(file, [{"prompt": "".join(chance.choices(words, k=n)).replace("Ġ", " ")} for n in lengths])
+    write_lines(file, [{"prompt": text(n)} for n in lengths])
 
 
 def table(rows: dict[str, list[Row]]) -> list[str]:

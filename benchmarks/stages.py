@@ -10,7 +10,7 @@ import json
 import logging
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -102,16 +102,8 @@ def training(stage: str, checkpointing: bool) -> dict[str, Any]:
 
 
 def write_rows(folder: Path, model: str) -> None:
-    """Texts of random words that are one token each, so that every row has the same number of tokens."""
-    from transformers import AutoTokenizer
-
-    vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
-    words = sorted(token for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha())
-    chance = random.Random(0)
-
-    def text(tokens: int) -> str:
-        return "".join(chance.choices(words, k=tokens)).replace("Ġ", " ")
-
+    """Demonstrations, pairs and prompts, every row with the same number of tokens."""
+    text = writer(model, random.Random(0))
     answers = ("completion", "chosen", "rejected")
     rows = [
         {"prompt": text(PROMPT)} | {answer: text(COMPLETION - 1) for answer in answers}  # and EOS
@@ -120,6 +112,15 @@ def write_rows(folder: Path, model: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for part, columns in {"sft": ("completion",), "preferences": ("chosen", "rejected"), "prompts": ()}.items():
         write_lines(folder / f"{part}.jsonl", [{key: row[key] for key in ("prompt", *columns)} for row in rows])
+
+
+def writer(model: str, chance: random.Random) -> Callable[[int], str]:
+    """A function that writes a text of so many tokens: random words that are one token each."""
+    from transformers import AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(model).get_vocab()
+    words = sorted(token for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha())
+    return lambda tokens: "".join(chance.choices(words, k=tokens)).replace("Ġ", " ")
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -127,15 +128,23 @@ def _loading(model: DictConfig) -> Iterator[None]:
         ) from error
 
 
+def read_config(model: DictConfig) -> PretrainedConfig:
+    """The base's own config, from its folder or the hub.
+
+    Raises:
+        UserError: there is no such folder or hub id.
+    """
+    with _loading(model):
+        return AutoConfig.from_pretrained(
+            source(model), revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+
+
 def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
     """The base model, quantized as the config says, frozen; a `classifier` has a scalar head for the LM head."""
     gc.collect()  # a base that was let go is still in cycles with its trainer: two would be in memory
-    common: dict[str, Any] = {
-        "revision": cfg.model.revision,
-        "trust_remote_code": cfg.model.trust_remote_code,
-    }
-    with _loading(cfg.model):
-        config = AutoConfig.from_pretrained(source(cfg.model), **common)
+    common: dict[str, Any] = {"revision": cfg.model.revision, "trust_remote_code": cfg.model.trust_remote_code}
+    config = read_config(cfg.model)
     if cfg.model.attn_implementation is not None:
         common["attn_implementation"] = cfg.model.attn_implementation
     if cfg.quantization:

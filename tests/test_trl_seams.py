@@ -136,7 +136,7 @@ def test_an_override_takes_as_many_arguments_as_the_original(name):
     original = inspect.signature(getattr(GRPOTrainer, name)).parameters.values()
     required = [p for p in original if p.default is p.empty]
     for given in (required, original):
-        inspect.signature(getattr(PPOTrainer, name)).bind(*given)
+        assert inspect.signature(getattr(PPOTrainer, name)).bind(*given)  # a TypeError where it takes fewer
 
 
 @pytest.mark.parametrize("name", ATTRIBUTES)

@@ -5,7 +5,7 @@ from typing import Any
 from omegaconf import DictConfig
 from transformers import AutoConfig, PretrainedConfig
 
-from rlhf_recipes.models import _loading, source
+from rlhf_recipes.models import read_config
 
 QWEN = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": True}
 LLAMA = {"model_type": "llama", "vocab_size": 128256, "tie_word_embeddings": True}
@@ -47,7 +47,4 @@ def model_config(model: DictConfig) -> PretrainedConfig:
     """
     if model.name_or_path in PRESETS and model.revision is None:
         return AutoConfig.for_model(**PRESETS[model.name_or_path])
-    with _loading(model):
-        return AutoConfig.from_pretrained(
-            source(model), revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+    return read_config(model)

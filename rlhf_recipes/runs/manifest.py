@@ -106,6 +106,7 @@ def damage(path: Path, manifest: dict[str, Any], *, contents: bool = False) -> l
 
 
 def refuse_damage(path: Path, manifest: dict[str, Any]) -> None:
+    """Raise if artefacts of a finished stage are missing or of another size."""
     if faults := damage(path, manifest):
         raise UserError(f"{path} is finished, but no longer whole:\n{listed(faults)}\nMake it again: overwrite=true.")
 
@@ -171,14 +172,17 @@ def relevant(config: dict[str, Any], stage: str) -> dict[str, Any]:
 
 
 def iso(moment: float) -> str:
+    """A moment, in seconds since 1970, as manifests hold it."""
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
 
 
 def moment(iso: str) -> float:
+    """The reverse of `iso`."""
     return datetime.fromisoformat(iso).timestamp()
 
 
 def versions() -> dict[str, str]:
+    """The installed versions of the packages that matter."""
     installed = {}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -187,6 +191,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
+    """The GPUs, where torch sees any, or the CPU with its cores."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
@@ -194,6 +199,7 @@ def device() -> str:
 
 
 def listed(items: Sequence[str]) -> str:
+    """The items of a message, an indented line each, 20 at the most."""
     more = [f"... and {len(items) - 20} more"] if len(items) > 20 else []
     return "\n".join(f"  {item}" for item in [*items[:20], *more])
 
