@@ -33,7 +33,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     trainer = DPOTrainer(
         policy, args=args, train_dataset=rows.train, eval_dataset=rows.test, processing_class=tokenizer
     )
-    roles = models.thaw(policy, cfg.trunk)
+    roles = models.thaw(policy, cfg.trunk, cfg.frozen_top)
     back_off(trainer, pairs=True)
     terminal.progress(trainer, "dpo")
     trainer.train(resume_from_checkpoint=stage.resume_from)

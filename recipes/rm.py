@@ -29,7 +29,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     stage.check_base(models.fingerprint(model))
 
     trainer = RewardTrainer(model, args, train_dataset=pairs, eval_dataset=heldout, processing_class=tokenizer)
-    models.thaw(model, cfg.trunk)
+    models.thaw(model, cfg.trunk, cfg.frozen_top)
     back_off(trainer, pairs=True)
     terminal.progress(trainer, "rm")
     trainer.train(resume_from_checkpoint=stage.resume_from)

@@ -151,6 +151,11 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
         compute = {"bnb_4bit_compute_dtype": dtype(cfg.model)} if cfg.quantization.get("load_in_4bit") else {}
         common["quantization_config"] = build(BitsAndBytesConfig, cfg.quantization, **compute)
         common["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    if dtype(cfg.model) == torch.bfloat16 and not torch.cuda.is_available() and not _multiplies_bf16():
+        logger.warning(
+            "this CPU has no bf16 instructions, and multiplies bf16 matrices many times slower than float32 ones "
+            "(model.dtype=float32 is faster, at twice the memory)"
+        )
     auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     if classifier:
         config.num_labels = 1
@@ -162,6 +167,11 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False)
+
+
+def _multiplies_bf16() -> bool:
+    """Whether torch has a fast bf16 matrix product on this CPU."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
 
 
 def load_policy(cfg: DictConfig, adapter: Path | None) -> PeftModel:
@@ -205,9 +215,9 @@ def load_reward_model(cfg: DictConfig, adapter: Path | None) -> PeftModel:
     return model.requires_grad_(False)
 
 
-def thaw(model: PeftModel, trunk: float) -> Roles:
+def thaw(model: PeftModel, trunk: float, frozen_top: float = 0.0) -> Roles:
     """After TRL's constructor: train the adapter above the trunk, in float32, without gradients below it."""
-    roles = Roles(model, trunk)
+    roles = Roles(model, trunk, frozen_top)
     roles.train(POLICY)
     # For checkpointing, TRL and the Trainer let the embeddings' output require gradients, again at each start. Only the
     # reentrant kind needs it, and the backward pass would run down through the frozen layers.

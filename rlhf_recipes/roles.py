@@ -51,9 +51,10 @@ class Roles:
     Args:
         model: a PEFT model of a causal LM whose policy is the adapter `default`.
         trunk: share of the decoder layers, from the bottom, that no role trains (0 to 1).
+        frozen_top: likewise from the top, so that a window between the two is trained.
     """
 
-    def __init__(self, model: PeftModel, trunk: float):
+    def __init__(self, model: PeftModel, trunk: float, frozen_top: float = 0.0):
         self.model = model
         self.decoder: nn.Module = model.get_base_model().base_model
         self.heads: dict[str, nn.Linear] = {}
@@ -63,6 +64,7 @@ class Roles:
             layers = nn.ModuleList()
         self.layers: list[nn.Module] = list(layers)
         self.frozen_layers = int(trunk * len(self.layers))
+        self.frozen_top = self.layers[len(self.layers) - int(frozen_top * len(self.layers)) :]
         self.trunk_layers = 0
         self.trained: dict[str, list[nn.Parameter]] = {}
         self.full_precision(POLICY)
@@ -150,7 +152,7 @@ class Roles:
     # ---- which adapter is active, which weights train
 
     def train(self, *adapters: str) -> None:
-        """From now on exactly these adapters are trainable, above the frozen layers, with their heads.
+        """From now on exactly these adapters are trainable, but for the frozen layers, with their heads.
 
         PEFT changes what is trainable whenever an adapter is switched or loaded, and saves every adapter it has. TRL
         and the Trainer call those methods; so they are shadowed on the model to keep to what was settled here: what
@@ -159,7 +161,7 @@ class Roles:
         """
         self.trained = {}
         for adapter in adapters:
-            frozen = self.layer_parameters(adapter, self.layers[: self.frozen_layers])
+            frozen = self.layer_parameters(adapter, self.layers[: self.frozen_layers] + self.frozen_top)
             own = [p for name, p in self.parameters(adapter).items() if name not in frozen]
             self.trained[adapter] = own + list(self.heads[adapter].parameters() if adapter in self.heads else ())
         for head in self.heads.values():
@@ -276,11 +278,11 @@ class Roles:
         with torch.autocast(hidden.device.type, enabled=False):
             return self.heads[adapter](hidden.float()).squeeze(-1)
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int) -> Tensor:
-        """Rewards (b,) of prompts with their completions; the `reward` adapter has to be active."""
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, pad_token_id: int, role: str = REWARD) -> Tensor:
+        """Rewards (b,) of prompts with their completions by a reward role, whose adapter has to be active."""
         hidden = self.hidden_states(input_ids, attention_mask)
         rows = torch.arange(len(hidden), device=hidden.device)
-        return self.scalars(REWARD, hidden[rows, last_real_token(input_ids, pad_token_id)])
+        return self.scalars(role, hidden[rows, last_real_token(input_ids, pad_token_id)])
 
     def token_logps(
         self,

@@ -20,7 +20,7 @@ def test_every_recipe_has_the_options_of_its_trainer_of_lora_and_of_bitsandbytes
 
 
 def test_the_projects_own_options_without_a_default_need_a_value() -> None:
-    own = ["run", "runs_dir", "overwrite", "seed", "start", "trunk", "model.name_or_path"]
+    own = ["run", "runs_dir", "overwrite", "seed", "start", "trunk", "frozen_top", "model.name_or_path"]
     assert required("ppo") == own
 
 
@@ -53,6 +53,7 @@ def test_an_unknown_key_gets_the_nearest_one_or_none(key: str, nearest: str | No
         (["training.fp16=true", "training.bf16=true"], "exclude each other"),
         (["training.use_vllm=true", "quantization=nf4"], "vLLM cannot take the packed weights"),
         (["trunk=1"], "at least 0 and below 1"),
+        (["trunk=0.5", "frozen_top=0.5"], "frozen_top=0.5: at least 0, and below 1 together with trunk"),
         (["evaluation.prompts=0"], "add training.eval_strategy=no"),
         (["reward=function"], "set reward.model, reward.functions or reward.url"),
     ],

@@ -39,6 +39,12 @@ def test_exactly_the_upper_layers_of_policy_and_value_and_the_value_head_train(r
     assert not any(p.requires_grad for p in roles.heads[REWARD].parameters())
 
 
+def test_a_window_of_layers_trains_where_the_top_is_frozen_too(tiny_policy):
+    roles = Roles(tiny_policy(), trunk=0.25, frozen_top=0.5)
+    roles.train(POLICY)
+    assert {name.split(".layers.")[1][0] for name in trainable(roles)} == {"1"}
+
+
 def test_switching_adapters_in_any_way_leaves_what_is_trainable_as_it_was(roles):
     before = trainable(roles)
     with roles.active(REWARD):

@@ -40,6 +40,12 @@ class Common:
             "once. Higher: faster and smaller; 0 trains all layers everywhere."
         }
     )
+    frozen_top: float = field(
+        metadata={
+            "help": "Share of the decoder layers, from the top, that only SFT trains: with trunk, the others train a "
+            "window of layers."
+        }
+    )
 
 
 @dataclass
@@ -123,6 +129,7 @@ DECIDED = {
     "training.eos_token": "use model.eos_token",
     "training.pad_token": "use model.pad_token",
     "training.trunk": "use trunk",
+    "training.frozen_top": "use frozen_top",
     "lora.task_type": "each recipe sets it by what it trains",
     "lora.peft_type": "it is LORA",
     "lora.inference_mode": "each recipe sets it",
@@ -218,6 +225,8 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
         found.append("training.use_vllm: vLLM cannot take the packed weights of a quantized base; quantization=none")
     if not 0 <= values.get("trunk", 0) < 1:
         found.append(f"trunk={values['trunk']}: at least 0 and below 1")
+    elif not 0 <= values.get("frozen_top", 0) < 1 - values.get("trunk", 0):
+        found.append(f"frozen_top={values['frozen_top']}: at least 0, and below 1 together with trunk")
     if "reward.model" in values and not any(values.get(f"reward.{source}") for source in ("model", "functions", "url")):
         found.append("reward: it comes from nowhere; set reward.model, reward.functions or reward.url")
     evaluates = values.get("training.eval_strategy", "no") != "no"

@@ -135,6 +135,10 @@ class PPOConfig(GRPOConfig):
             "roles. Higher: faster and smaller; 0 trains all layers."
         },
     )
+    frozen_top: float = field(
+        default=0.0,
+        metadata={"help": "Share of the decoder layers, from the top, that stay frozen too: a window is trained."},
+    )
     rollout_batch_size: int | None = field(
         default=None,
         metadata={
@@ -194,6 +198,7 @@ def _faults(args: PPOConfig) -> list[str]:
         "lam": (0 <= args.lam <= 1, "between 0 and 1"),
         "value_lam": (0 <= args.value_lam <= 1, "between 0 and 1"),
         "trunk": (0 <= args.trunk < 1, "at least 0 and below 1"),
+        "frozen_top": (0 <= args.frozen_top < 1 - args.trunk, "at least 0, and below 1 with trunk"),
         "ptx_coef": (args.ptx_coef >= 0, "0 or more"),
         "kl_target": (args.kl_target is None or args.kl_target > 0, "positive or null"),
         "target_kl": (args.target_kl is None or args.target_kl > 0, "positive or null"),

@@ -154,7 +154,7 @@ class PPOTrainer(GRPOTrainer):
         args, model = self.args, self.model
         if str(model.peft_config[POLICY].init_lora_weights).lower().startswith(("pissa", "milora")):
             logger.warning("PiSSA and MiLoRA initializations are reported to collapse in RL (arXiv 2512.23165)")
-        roles = Roles(model, args.trunk)
+        roles = Roles(model, args.trunk, args.frozen_top)
         roles.add_copy(REFERENCE, POLICY)
         if reward_adapter is not None:
             roles.add_copy(REWARD, POLICY)

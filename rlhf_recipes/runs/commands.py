@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from rlhf_recipes.runs import disk
 
 # Overrides that the stages of a run have in common: the command for a missing predecessor carries them along.
-SHARED = ("run", "runs_dir", "seed", "model", "data", "quantization", "lora", "hardware", "start", "trunk")
+SHARED = (
+    *("run", "runs_dir", "seed", "model", "data", "quantization", "lora", "hardware", "start"),
+    *("trunk", "frozen_top"),
+)
 
 
 def make_command(targets: Sequence[str], overrides: Sequence[str], *more: str) -> str:

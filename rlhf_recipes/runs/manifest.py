@@ -45,7 +45,7 @@ NEUTRAL = (
     *("training.num_completions_to_print", "training.per_device_eval_batch_size", "training.eval_accumulation_steps"),
     "reward.min_accuracy",
 )
-UNREAD = {"sft": ("start", "trunk")}  # keys that a stage is given, and has no use for
+UNREAD = {"sft": ("start", "trunk", "frozen_top")}  # keys that a stage is given, and has no use for
 
 
 @dataclass(frozen=True)

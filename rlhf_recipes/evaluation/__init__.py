@@ -1,0 +1,8 @@
+"""What training changed: policies side by side on the same held-out prompts."""
+
+from rlhf_recipes.evaluation.changes import Changes, changes
+from rlhf_recipes.evaluation.intervals import GOLD, Interval, interval, summarize
+from rlhf_recipes.evaluation.measures import kl, rewards
+from rlhf_recipes.evaluation.sampling import Sample, sample
+
+__all__ = ["GOLD", "Changes", "Interval", "Sample", "changes", "interval", "kl", "rewards", "sample", "summarize"]

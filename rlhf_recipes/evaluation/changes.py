@@ -1,0 +1,82 @@
+"""What a stage changed: completions of several policies on the same held-out prompts, measured side by side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_recipes import data, world
+from rlhf_recipes.evaluation.intervals import GOLD, Interval, summarize
+from rlhf_recipes.evaluation.measures import kl, rewards
+from rlhf_recipes.evaluation.sampling import sample
+from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Roles
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Policies side by side on the same held-out prompts."""
+
+    figures: dict[str, dict[str, Interval]]  # by policy, then by measure; `change` is the last policy less the first
+    samples: list[dict[str, str]]  # a prompt and, by policy, the first completion of it
+
+
+def changes(
+    cfg: DictConfig,
+    asked: Dataset | None,
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    policies: Mapping[str, str | None],
+) -> Changes:
+    """What several policies answer to the same held-out prompts with the same noise, and how good that is.
+
+    Args:
+        asked: what `data.heldout_prompts` gives; None where the data have no prompts, and the result is empty.
+        policies: the adapter of each policy, by the name to show; None is the bare base. The KL is taken to the
+            reference where there is one, and else to the policy.
+    """
+    if asked is None:
+        return Changes({}, [])
+    options = cfg.evaluation
+    gold = world.gold if all(source.kind == "world" for source in data.parse(cfg.data, "prompts")[0]) else None
+    reference = REFERENCE if REFERENCE in roles.model.peft_config else POLICY
+    values: dict[str, dict[str, Sequence[float | None]]] = {}
+    samples = [{"prompt": _last_words(row["prompt"])} for row in asked]
+    for name, adapter in policies.items():
+        with roles.active(adapter):
+            made = sample(
+                roles,
+                tokenizer,
+                asked,
+                samples=options.samples,
+                max_new_tokens=options.max_new_tokens,
+                batch_size=options.batch_size,
+                seed=cfg.seed,
+            )
+        measured = values[name] = {
+            "KL to SFT": kl(roles, tokenizer, made, options.batch_size, policy=adapter, reference=reference),
+            "length": [float(len(s.completion_ids)) for s in made],
+            "EOS": [float(s.ended) for s in made],
+        }
+        if REWARD in roles.heads:
+            measured["reward"] = rewards(roles, tokenizer, made, options.batch_size)
+        if gold is not None:
+            verdicts = [gold(s.prompt, s.completion) for s in made]
+            measured |= {name: [getattr(v, name) for v in verdicts] for name in GOLD}
+        for row, s in zip(samples, made[:: options.samples], strict=True):
+            row[name] = s.completion
+    # prompt by prompt, so that what is hard for both policies does not widen the interval
+    if len(values) > 1:
+        first, *_, last = values.values()
+        values["change"] = {name: _differences(first[name], last[name]) for name in last}
+    return Changes({name: summarize(measured, options.samples) for name, measured in values.items()}, samples)
+
+
+def _differences(before: Sequence[float | None], after: Sequence[float | None]) -> list[float | None]:
+    return [None if a is None or b is None else b - a for a, b in zip(before, after, strict=True)]
+
+
+def _last_words(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])

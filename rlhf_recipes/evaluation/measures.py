@@ -1,0 +1,53 @@
+"""What is measured of completions: the reward model's scores, and the divergence from another policy."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_recipes.evaluation.sampling import Sample, by_batches
+from rlhf_recipes.ppo.advantages import kl_estimate
+from rlhf_recipes.roles import REWARD, Episodes, Roles
+
+
+@torch.no_grad()
+def rewards(
+    roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample], batch_size: int, role: str = REWARD
+) -> list[float]:
+    """The score of each sample by a reward role."""
+
+    def score(batch: Sequence[Sample]) -> list[float]:
+        episodes = _episodes(roles, tokenizer, batch)
+        return roles.scores(episodes.input_ids, episodes.attention_mask, tokenizer.pad_token_id, role).tolist()
+
+    with roles.active(role):
+        return by_batches(made, batch_size, score)
+
+
+@torch.no_grad()
+def kl(
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    made: Sequence[Sample],
+    batch_size: int,
+    *,
+    policy: str | None,
+    reference: str | None,
+) -> list[float]:
+    """KL(policy || reference) of each sample of `policy`, in nats per completion; the adapters are given by name."""
+
+    def divergences(batch: Sequence[Sample]) -> list[float]:
+        episodes = _episodes(roles, tokenizer, batch)
+        logps = []
+        for adapter in (policy, reference):
+            with roles.active(adapter):
+                scored = roles.token_logps(episodes.input_ids, episodes.attention_mask, episodes.completion_length)
+                logps.append(scored[0].float())
+        return (kl_estimate(logps[0], logps[1], "k3") * episodes.mask).sum(dim=1).tolist()
+
+    return by_batches(made, batch_size, divergences)
+
+
+def _episodes(roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample]) -> Episodes:
+    ids, completions = [s.prompt_ids for s in made], [s.completion_ids for s in made]
+    return Episodes.padded(ids, completions, tokenizer.pad_token_id, roles.model.device)
