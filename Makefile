@@ -1,12 +1,12 @@
 # `make help` lists the targets. Each recipe is one line: python -m recipes.<target> with its arguments.
 #   make sft rm ppo ARGS="run=mine model=qwen2.5-0.5b"         ARGS goes to every recipe of the line
-#   make sft rm RM_ARGS="training.learning_rate=1e-4"          SFT_ARGS, RM_ARGS, DPO_ARGS, PPO_ARGS to one
+#   make sft rm RM_ARGS="training.learning_rate=1e-4"          SFT_ARGS, RM_ARGS, DPO_ARGS, PPO_ARGS, EVAL_ARGS to one
 
 PYTHON ?= python3
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help sft rm dpo ppo plan test lint setup clean
+.PHONY: help sft rm dpo ppo eval plan test lint setup clean
 .NOTPARALLEL:# the stages of one line run in its order, also with -j
 .SHELLFLAGS := -f -c# no globbing: data.sft.path=my/*.jsonl reaches the recipe as it is
 
@@ -24,6 +24,9 @@ dpo: .venv/.ready  ## improve the SFT model on preferences, with no reward model
 
 ppo: .venv/.ready  ## improve the SFT model against the reward model, under a KL penalty
 	@$(RUN) recipes.ppo $(ARGS) $(PPO_ARGS)
+
+eval: .venv/.ready  ## did it work: compare the run's policies and others by win rate, reward, KL and more
+	@$(RUN) recipes.eval $(ARGS) $(EVAL_ARGS)
 
 plan: .venv/.ready  ## predict the peak memory of each stage, and what fits on a card (CARD=12, in GB)
 	@$(RUN) recipes.plan $(if $(CARD),card=$(CARD)) $(ARGS) \

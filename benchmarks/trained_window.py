@@ -113,7 +113,7 @@ def gold(cfg: Any, adapter: Path) -> float:
     options = cfg.evaluation
     with roles.active(POLICY), torch.random.fork_rng():
         made = evaluation.sample(
-            roles,
+            roles.model,
             tokenizer,
             asked,
             samples=SAMPLES,

@@ -35,7 +35,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     trainer.train(resume_from_checkpoint=stage.resume_from)
 
     chosen, rejected = reward_model.pair_scores(model, heldout, tokenizer, args.per_device_eval_batch_size)
-    figures = reward_model.agreement(chosen, rejected, heldout["prompt"])
+    figures = reward_model.agreement(chosen, rejected, heldout["prompt"], reward_model.longer(heldout))
     trainer.save_model(stage.saving)
     trainer.accelerator.wait_for_everyone()
     del trainer, model  # two bases in memory would be one too many

@@ -80,7 +80,7 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
     Raises:
         UserError: there is no EOS token and none is set, or a token that is set is not in the vocabulary.
     """
-    with _loading(model):
+    with loading(model):
         tokenizer = AutoTokenizer.from_pretrained(
             source(model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -117,7 +117,8 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _loading(model: DictConfig) -> Iterator[None]:
+def loading(model: DictConfig) -> Iterator[None]:
+    """What transformers says of a model that cannot be loaded, as a plain message."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -134,7 +135,7 @@ def read_config(model: DictConfig) -> PretrainedConfig:
     Raises:
         UserError: there is no such folder or hub id.
     """
-    with _loading(model):
+    with loading(model):
         return AutoConfig.from_pretrained(
             source(model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -213,6 +214,22 @@ def load_reward_model(cfg: DictConfig, adapter: Path | None) -> PeftModel:
     if adapter is not None:
         Roles(model, trunk=0).load(POLICY, adapter)
     return model.requires_grad_(False)
+
+
+def load_scorer(cfg: DictConfig, adapter: Path) -> Roles:
+    """The base with a reward model's adapter as `default`, its scalar head beside it: `Roles.scores` with that role.
+
+    Raises:
+        UserError: the adapter has no scalar head, or was made for another base.
+    """
+    config = LoraConfig.from_pretrained(adapter)
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
+    roles = Roles(get_peft_model(load_base(cfg), config), trunk=0)
+    roles.load(POLICY, adapter)
+    if POLICY not in roles.heads:
+        raise UserError(f"the adapter in {adapter} has no scalar head: it is no reward model")
+    roles.model.eval()
+    return roles
 
 
 def thaw(model: PeftModel, trunk: float, frozen_top: float = 0.0) -> Roles:

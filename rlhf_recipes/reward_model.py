@@ -57,27 +57,51 @@ def pair_scores(
     return chosen, rejected
 
 
-def agreement(chosen: Tensor, rejected: Tensor, prompts: Sequence[Any] | None = None, bins: int = 10) -> dict[str, Any]:
+def longer(pairs: Dataset) -> Tensor:
+    """By how many tokens (n,) the chosen answer of each tokenized pair is longer than the rejected one."""
+    chosen, rejected = (torch.tensor([len(ids) for ids in pairs[key]]) for key in ("chosen_ids", "rejected_ids"))
+    return chosen - rejected
+
+
+def agreement(
+    chosen: Tensor,
+    rejected: Tensor,
+    prompts: Sequence[Any] | None = None,
+    longer: Tensor | None = None,
+    bins: int = 10,
+) -> dict[str, Any]:
     """How a reward model agrees with its raters, from the scores (n,) of chosen and rejected answers.
 
     Accuracy counts ties as half; with `prompts` (n), its interval takes the pairs of one prompt together. The
     calibration error is the mean distance, over bins of equal width, between how sure the model is (the sigmoid of its
-    margin) and how often it is right; source: Guo et al. (arXiv 1706.04599), equation 3.
+    margin) and how often it is right; source: Guo et al. (arXiv 1706.04599), equation 3. `reliability` holds the bins.
+    With `longer` (n), by how many tokens the chosen answer is longer, `when_shorter` is the accuracy on the pairs whose
+    better answer is the shorter one: far below `accuracy`, the model likes length.
     """
     margin = chosen - rejected
     right = (margin > 0).float() + 0.5 * (margin == 0).float()
     sure = torch.sigmoid(margin.abs())
     bin_of = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    error = sum(
-        (bin_of == b).float().mean() * (right[bin_of == b].mean() - sure[bin_of == b].mean()).abs()
+    reliability = [
+        {
+            "confidence": sure[bin_of == b].mean().item(),
+            "accuracy": right[bin_of == b].mean().item(),
+            "pairs": int((bin_of == b).sum()),
+        }
         for b in bin_of.unique()
-    )
-    return {
-        "accuracy": _interval_of_pairs(right, prompts or range(len(right))),
+    ]
+    error = sum(b["pairs"] / len(margin) * abs(b["accuracy"] - b["confidence"]) for b in reliability)
+    prompts = prompts or range(len(right))
+    figures: dict[str, Any] = {
+        "accuracy": _interval_of_pairs(right, prompts),
         "margin": margin.mean().item(),
-        "calibration_error": float(error),
+        "calibration_error": error,
         "pairs": len(margin),
     }
+    if longer is not None and (shorter := longer < 0).any():
+        asked = [prompt for prompt, kept in zip(prompts, shorter.tolist(), strict=True) if kept]
+        figures["when_shorter"] = _interval_of_pairs(right[shorter], asked)
+    return figures | {"reliability": reliability}
 
 
 def _interval_of_pairs(right: Tensor, prompts: Sequence[Any]) -> evaluation.Interval:
@@ -110,7 +134,7 @@ def measure_scale(
     roles.load(REWARD, folder)
     prompts = {str(prompt): {"prompt": prompt} for prompt in pairs.shuffle(seed=cfg.seed)[:4096]["prompt"]}
     made = evaluation.sample(
-        roles,
+        roles.model,
         tokenizer,
         list(prompts.values())[:SCALE_PROMPTS],
         samples=1,

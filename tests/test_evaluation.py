@@ -30,7 +30,7 @@ def roles(tiny_policy):
 
 def draw(roles, tokenizer, prompts=PROMPTS, samples=2, seed=0, **options):
     options = {"max_new_tokens": 12, "batch_size": 3} | options
-    return sample(roles, tokenizer, prompts, samples=samples, seed=seed, **options)
+    return sample(roles.model, tokenizer, prompts, samples=samples, seed=seed, **options)
 
 
 # ---- intervals
@@ -261,7 +261,7 @@ def test_the_figures_are_those_of_the_samples(embedded):
     cfg, roles, tokenizer = embedded()
     figures = evaluation.changes(cfg, data.heldout_prompts(cfg), roles, tokenizer, {"sft": POLICY}).figures["sft"]
     made = sample(
-        roles, tokenizer, data.heldout_prompts(cfg), samples=2, max_new_tokens=8, batch_size=256, seed=cfg.seed
+        roles.model, tokenizer, data.heldout_prompts(cfg), samples=2, max_new_tokens=8, batch_size=256, seed=cfg.seed
     )
     lengths = [len(s.completion_ids) for s in made]
     assert figures["length"].mean == pytest.approx(sum(lengths) / 48)

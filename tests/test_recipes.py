@@ -264,7 +264,7 @@ def test_a_saved_policy_gives_the_answers_that_were_shown_and_loads_in_plain_pef
             base = AutoModelForCausalLM.from_pretrained(world.BASE, dtype=torch.float32)
             policy = PeftModel.from_pretrained(base, chain.folder / stage)
         made = evaluation.sample(
-            Roles(policy, trunk=0),
+            Roles(policy, trunk=0).model,
             AutoTokenizer.from_pretrained(chain.folder / stage),
             data.heldout_prompts(cfg),
             samples=1,

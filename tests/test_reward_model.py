@@ -213,7 +213,7 @@ def test_rewards_on_the_samples_that_the_scale_was_measured_on_have_mean_0_and_s
     roles.load(REWARD, saved)
     once = list(dict.fromkeys(asked.shuffle(seed=cfg.seed)["prompt"]))
     made = evaluation.sample(
-        roles, tokenizer, [{"prompt": p} for p in once], samples=1, max_new_tokens=8, batch_size=16, seed=cfg.seed
+        roles.model, tokenizer, [{"prompt": p} for p in once], samples=1, max_new_tokens=8, batch_size=16, seed=cfg.seed
     )
     assert len(made) == 64
     scores = torch.tensor(evaluation.rewards(roles, tokenizer, made, 16))

@@ -98,7 +98,7 @@ def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -
     typed = [*args.overrides, *strange]
     overrides, values = _checked(name, typed, multirun=args.multirun)
     if args.help:
-        groups = {group: _choices(group) for group in options.GROUPS if group != "reward" or name == "ppo"}
+        groups = {group: _choices(group) for group in options.groups(name)}
         sys.stdout.write(options.overview(name, sys.modules[main.__module__].__doc__ or "", values, groups))
         return
 
@@ -230,7 +230,7 @@ def _data_faults(recipe: str, values: dict[str, Any]) -> list[str]:
     for stage in data.STAGES:
         source = sources.get(stage)
         given = source.get("path") if isinstance(source, dict) else source
-        if given or stage == options.READS[recipe]:
+        if given or stage == options.READS.get(recipe):
             try:
                 data.parse(sources, stage)
             except UserError as error:

@@ -18,9 +18,11 @@ TRAINING = {
     "dpo": "trl.DPOConfig",
     "ppo": "rlhf_recipes.ppo.config.PPOConfig",
 }
+RECIPES = TRAINING | {"eval": "transformers.TrainingArguments"}  # what one ARGS says of training, eval leaves alone
 
 READS = {"sft": "sft", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}  # which part of `data`
-GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "experiment")
+OWN = {"ppo": ("reward",), "eval": ("eval", "judge")}  # sections that one recipe alone has
+GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "judge", "experiment")
 
 
 @dataclass
@@ -118,6 +120,71 @@ class Evaluation:
     batch_size: int = field(default=16, metadata={"help": "Completions sampled at once. Lower: less memory."})
 
 
+@dataclass
+class Eval:
+    """What `make eval` compares, and on what."""
+
+    policies: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Policies to compare: `base`, stages of the run (`sft`, `ppo`, `ppo/training.beta=0.1`), folders, "
+            "hub ids. null: the base and every finished stage."
+        },
+    )
+    baseline: str | None = field(
+        default=None, metadata={"help": "Policy that the others have to beat. null: `sft`, or `base` without it."}
+    )
+    best_of: list[int] | None = field(
+        default=None, metadata={"help": "Also the best of so many SFT answers, by the run's reward model. null: none."}
+    )
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts to answer: `hhh` (helpful, honest, harmless; ships with the project), or a JSONL file of "
+            "{prompt, category}. null: the held-out prompts of data."
+        },
+    )
+    reward_bench: str | None = field(
+        default=None,
+        metadata={"help": "Pairs to measure the reward model on, by category: a file or hub id in RewardBench's form."},
+    )
+    benchmarks: list[str] | None = field(
+        default=None,
+        metadata={"help": "Benchmarks of lm-eval by task name, such as truthfulqa_mc2 (pip install lm-eval[hf])."},
+    )
+    benchmark_tasks: str | None = field(default=None, metadata={"help": "Folder of lm-eval tasks of your own."})
+    benchmark_limit: int | None = field(default=None, metadata={"help": "Questions of each task. null: all."})
+
+
+@dataclass
+class Judge:
+    """Who says which of two answers is better, beside the run's reward model and, in the embedded world, the truth."""
+
+    url: str | None = field(
+        default=None, metadata={"help": "OpenAI-compatible endpoint, such as http://localhost:8000/v1."}
+    )
+    model: str | None = field(
+        default=None,
+        metadata={"help": "Model that judges: its name at the endpoint, or without url a folder or hub id."},
+    )
+    key_variable: str = field(
+        default="OPENAI_API_KEY", metadata={"help": "Environment variable that holds the endpoint's key."}
+    )
+    reward_model: str | None = field(
+        default=None, metadata={"help": "Another reward model: an adapter on the run's base, or a sequence classifier."}
+    )
+    function: str | None = field(
+        default=None, metadata={"help": "Python function that scores, `module:function` or `file.py:function`."}
+    )
+    question: str = field(
+        default="Which answer is more helpful, more honest and less harmful?",
+        metadata={"help": "What an endpoint or a model is asked of two answers."},
+    )
+    concurrency: int = field(default=8, metadata={"help": "Questions at an endpoint at once."})
+    timeout: float = field(default=60.0, metadata={"help": "Seconds to wait for an answer of an endpoint."})
+    retries: int = field(default=3, metadata={"help": "Further tries after nonsense, a time-out or a server error."})
+
+
 # Options that a recipe sets itself, and what to use instead.
 DECIDED = {
     "training.hub_token": "it would be written into the run's folder; set the environment variable HF_TOKEN instead",
@@ -158,14 +225,12 @@ def sections(recipe: str) -> dict[str, Mapping[str, schema.Option]]:
         "": f"{__name__}.Common",
         "model": f"{__name__}.Model",
         "data": f"{__name__}.Data",
-        "reward": f"{__name__}.Reward",
+        **{section: f"{__name__}.{section.title()}" for section in OWN.get(recipe, ())},
         "evaluation": f"{__name__}.Evaluation",
         "quantization": "transformers.BitsAndBytesConfig",
         "lora": "peft.LoraConfig",
-        "training": TRAINING[recipe],
+        "training": RECIPES[recipe],
     }
-    if recipe != "ppo":
-        del paths["reward"]
     return {section: schema.options(path) for section, path in paths.items()}
 
 
@@ -181,7 +246,13 @@ def options(recipe: str) -> Mapping[str, schema.Option]:
 
 def ours(section: str) -> bool:
     """Whether a section is the project's own, so that its defaults are stated here and not by a library."""
-    return section in ("", "model", "data", "reward", "evaluation")
+    return section not in ("quantization", "lora", "training")
+
+
+def groups(recipe: str) -> list[str]:
+    """The config groups of a recipe."""
+    foreign = {section for other, own in OWN.items() if other != recipe for section in own}
+    return [group for group in GROUPS if group not in foreign]
 
 
 def required(recipe: str) -> list[str]:
@@ -195,7 +266,7 @@ def _section(key: str) -> str:
 
 def unknown(recipe: str, key: str) -> str:
     """Why a key is refused, with the nearest valid one."""
-    elsewhere = [other for other in TRAINING if key in options(other) or key in sections(other)]
+    elsewhere = [other for other in RECIPES if key in options(other) or key in sections(other)]
     if elsewhere:
         targets = ", ".join(f"{other.upper()}_ARGS" for other in elsewhere)
         return f"an option of {' and '.join(elsewhere)}, not of {recipe}: give it in {targets}, not in ARGS"

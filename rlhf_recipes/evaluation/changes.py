@@ -47,7 +47,7 @@ def changes(
     for name, adapter in policies.items():
         with roles.active(adapter):
             made = sample(
-                roles,
+                roles.model,
                 tokenizer,
                 asked,
                 samples=options.samples,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.evaluation.sampling import Sample, by_batches
 from rlhf_recipes.ppo.advantages import kl_estimate
@@ -22,6 +22,21 @@ def rewards(
 
     with roles.active(role):
         return by_batches(made, batch_size, score)
+
+
+@torch.no_grad()
+def classifier_scores(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample], batch_size: int
+) -> list[float]:
+    """The score of each sample, in this tokenizer's ids, by a sequence classifier of one label."""
+
+    def score(batch: Sequence[Sample]) -> list[float]:
+        whole = [[*s.prompt_ids, *s.completion_ids] for s in batch]
+        padded = Episodes.padded([[]] * len(whole), whole, tokenizer.pad_token_id, model.device)
+        logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
+        return logits[:, 0].float().tolist()
+
+    return by_batches(made, batch_size, score)
 
 
 @torch.no_grad()

@@ -6,11 +6,12 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.data.formats import render_prompt
-from rlhf_recipes.roles import Episodes, Roles
+from rlhf_recipes.roles import Episodes
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -29,7 +30,7 @@ class Sample:
 
 @torch.no_grad()
 def sample(
-    roles: Roles,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[Mapping[str, Any]],
     *,
@@ -38,11 +39,10 @@ def sample(
     batch_size: int,
     seed: int,
 ) -> list[Sample]:
-    """Sample from the active adapter at temperature 1, `samples` completions a prompt, prompt by prompt.
+    """Sample from a model, with the adapter that is active, at temperature 1: `samples` completions a prompt in a row.
 
     The random state outside is left alone, and equal seeds give equal noise to different policies.
     """
-    model = roles.model
     model.eval()
     declared = model.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}

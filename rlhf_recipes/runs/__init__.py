@@ -14,6 +14,6 @@ Nothing here imports torch: a skip takes a moment.
 
 from rlhf_recipes.runs.commands import make_command
 from rlhf_recipes.runs.manifest import Made
-from rlhf_recipes.runs.stage import Stage
+from rlhf_recipes.runs.stage import Stage, finished, reading, run_folder
 
-__all__ = ["Made", "Stage", "make_command"]
+__all__ = ["Made", "Stage", "finished", "make_command", "reading", "run_folder"]

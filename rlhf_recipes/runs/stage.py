@@ -8,8 +8,8 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -88,7 +88,7 @@ class Stage:
         """
         config = plain_config(cfg)
         overwrite = bool(config["overwrite"])
-        run = _run_folder(config)
+        run = run_folder(config)
         path = run / name / sweep_folder()
         wanted = {
             "schema": SCHEMA,
@@ -326,6 +326,46 @@ class Stage:
         shutil.rmtree(self.path / SAVING, ignore_errors=True)
 
 
+def finished(cfg: Any, name: str) -> Made:
+    """A finished stage of the run, for those who only read it.
+
+    Raises:
+        UserError: it is missing, unfinished, damaged, of another base, or came from stages that were made again since.
+    """
+    config = plain_config(cfg)
+    return _predecessor(run_folder(config), name, typed_overrides(), config)
+
+
+@contextmanager
+def reading(cfg: Any, name: str) -> Iterator[Path]:
+    """A folder of a run for what is found out about its stages, locked: made at the first use, taken away if empty.
+
+    Raises:
+        UserError: there is no such run, another process is at it, or the disk is full.
+    """
+    run = run_folder(plain_config(cfg))
+    folder = run / name
+    if not run.is_dir():
+        there = sorted(p.name for p in run.parent.glob("*") if p.is_dir()) if run.parent.is_dir() else []
+        raise UserError(f"{run} is no run: {'there are ' + ', '.join(there) if there else 'none was made yet'}.")
+    try:
+        folder.mkdir(exist_ok=True)
+        lock = disk.acquire(folder / LOCK)
+    except OSError as error:
+        raise disk.disk_fault(error, folder) or UserError(f"Cannot write to {folder}: {error.strerror}.") from error
+    try:
+        yield folder
+    except Exception as error:
+        if fault := disk.disk_fault(error, folder):
+            raise fault from error
+        raise
+    finally:
+        lock.close()
+        if [p.name for p in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+            folder.rmdir()
+
+
 def _predecessor(run: Path, name: str, overrides: list[str], config: Mapping[str, Any]) -> Made:
     path, manifest = run / name, read_manifest(run / name)
     command = make_command([name], overrides)
@@ -357,7 +397,12 @@ def _stale_after(path: Path) -> str:
     return f"; stages made from the old one must be made again too: {', '.join(stale)}" if stale else ""
 
 
-def _run_folder(config: dict[str, Any]) -> Path:
+def run_folder(config: Mapping[str, Any]) -> Path:
+    """`runs/<run>/` of a composed config.
+
+    Raises:
+        UserError: the name of the run cannot be that of a folder.
+    """
     run = str(config["run"])
     if not re.fullmatch(r"\w[\w.+-]*", run):
         raise UserError(

@@ -1,0 +1,258 @@
+"""What policies answer and what it measures, kept in the run's folder: what is there already is not drawn again."""
+
+import gc
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
+
+from rlhf_recipes import evaluation, models, terminal
+from rlhf_recipes.comparison.policies import BASE, Compared, Policy
+from rlhf_recipes.data.formats import is_conversational, render
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.evaluation import Sample
+from rlhf_recipes.models import load_policy
+from rlhf_recipes.roles import POLICY, REWARD, Roles
+from rlhf_recipes.runs import disk
+from rlhf_recipes.runs.manifest import differences, flat
+
+logger = logging.getLogger(__name__)
+
+KL_TO_SFT, KL_TO_BASE = "KL to SFT", "KL to base"
+
+
+@dataclass
+class Answers:
+    """What one policy answered, `samples` completions of each prompt in a row, and what was measured of them."""
+
+    name: str
+    made: list[Sample]
+    measured: dict[str, list[float]] | None = None  # by measure, a value for each sample; None: not yet
+    key: dict[str, Any] = field(default_factory=dict)  # what they depend on: with another, they are drawn again
+
+    @property
+    def lengths(self) -> list[float]:
+        """Tokens of each completion."""
+        return [float(len(s.completion_ids)) for s in self.made]
+
+    def write(self, file: Path) -> None:
+        """Keep them for the next time."""
+        disk.write(file, json.dumps(disk.plain(asdict(self))))
+
+    @classmethod
+    def read(cls, file: Path) -> "Answers | None":
+        """Those that were kept; None if there are none."""
+        try:
+            kept = json.loads(file.read_text())
+            return cls(kept["name"], [Sample(**s) for s in kept["made"]], kept["measured"], kept["key"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s is damaged (%r): drawn again", file, error)
+            return None
+
+
+class RunModels:
+    """The run's base with its policies and reward model as adapters, loaded at the first use."""
+
+    def __init__(self, cfg: DictConfig, compared: Compared, asked: Sequence[Mapping[str, Any]]):
+        self.cfg, self.compared = cfg, compared
+        self.asked = Dataset.from_list([dict(row) for row in asked])
+        self.adapters: dict[str, str | None] = {BASE: None}  # by policy
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer."""
+        return models.load_tokenizer(self.cfg.model, self.asked)
+
+    @cached_property
+    def roles(self) -> Roles:
+        """The base with an adapter for each stage; raises UserError where they were made on another base."""
+        stages = {policy.name: policy.stage for policy in self.compared.policies if policy.stage is not None}
+        if self.compared.sft is not None:
+            stages = {"sft": self.compared.sft} | stages
+        first, *rest = stages or [BASE]
+        roles = Roles(load_policy(self.cfg, stages[first].path if stages else None), trunk=0)
+        if stages:
+            self.adapters[first] = POLICY
+        for number, name in enumerate(rest):
+            self.adapters[name] = f"policy_{number}"
+            roles.add_copy(f"policy_{number}", POLICY)
+            roles.load(f"policy_{number}", stages[name].path)
+        if self.compared.reward_model is not None:
+            roles.add_copy(REWARD, POLICY)
+            roles.load(REWARD, self.compared.reward_model.path)
+        base = models.fingerprint(roles.model)
+        for name, made in stages.items():
+            if made.manifest["base"] not in (None, base):
+                raise UserError(
+                    f"{made.path} was made on a base with the fingerprint {made.manifest['base']}, and this one has "
+                    f"{base}: {name} cannot be compared here. Use the model= it was made with."
+                )
+        roles.model.eval()
+        return roles
+
+    def free(self) -> None:
+        """Let the base go, so that another model finds room."""
+        self.__dict__.pop("roles", None)
+        _release()
+
+
+def collect(
+    cfg: DictConfig, compared: Compared, run: RunModels, asked: Sequence[Mapping[str, Any]], folder: Path
+) -> dict[str, Answers]:
+    """The answers of all policies by name, best of n included: those that are kept, and else drawn and measured now.
+
+    Models of their own are drawn first and let go, so that no two bases are in memory.
+    """
+    wanted = {policy.name: _key(cfg, compared, asked, policy.fingerprint) for policy in compared.policies}
+    wanted |= {_best_of(n): _key(cfg, compared, asked, f"best of {n}") for n in compared.best_of}
+    files = {policy.name: folder / f"{policy.slug}.json" for policy in compared.policies}
+    files |= {_best_of(n): folder / f"{_best_of(n)}.json" for n in compared.best_of}
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {name: _kept(files[name], key) for name, key in wanted.items()}
+    done = {name: answers for name, answers in found.items() if answers is not None}
+    for policy in compared.policies:
+        if policy.name not in done and policy.source is not None:
+            done[policy.name] = Answers(policy.name, _drawn_alone(cfg, policy, asked), key=wanted[policy.name])
+            done[policy.name].write(files[policy.name])
+    for policy in compared.policies:
+        if policy.name not in done:
+            done[policy.name] = Answers(policy.name, _drawn(cfg, run, policy.name, asked), key=wanted[policy.name])
+            done[policy.name].write(files[policy.name])
+        if done[policy.name].measured is None:
+            done[policy.name].measured = _measured(cfg, run, policy, done[policy.name].made)
+            done[policy.name].write(files[policy.name])
+    for n, best in _best(cfg, run, asked, [n for n in compared.best_of if _best_of(n) not in done]).items():
+        best.key = wanted[best.name]
+        best.write(files[_best_of(n)])
+        done[best.name] = best
+    return {name: done[name] for name in wanted}
+
+
+def _key(cfg: DictConfig, compared: Compared, asked: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[str, Any]:
+    """What answers depend on, and what was measured of them."""
+    by = {"sft": compared.sft, "reward model": compared.reward_model}
+    known = {
+        "policy": fingerprint,
+        "prompts": disk.hash_value([dict(row) for row in asked]),
+        "seed": cfg.seed,
+        "samples": cfg.evaluation.samples,
+        "max_new_tokens": cfg.evaluation.max_new_tokens,
+        "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision, "dtype": cfg.model.dtype},
+        "chat template": cfg.model.chat_template,
+        "quantization": {name: str(value) for name, value in cfg.quantization.items()},
+        **{name: made.fingerprint for name, made in by.items() if made is not None},
+    }
+    plain: dict[str, Any] = disk.plain(known)
+    return plain
+
+
+def _kept(file: Path, key: dict[str, Any]) -> Answers | None:
+    answers = Answers.read(file)
+    if answers is None or answers.key == key:
+        return answers
+    changed = "; ".join(differences(flat(answers.key), flat(key)))
+    terminal.say(f"The answers of {answers.name} are of another comparison ({changed}): drawn again.")
+    return None
+
+
+def _sampled(cfg: DictConfig, model: Any, tokenizer: Any, asked: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    evaluated = cfg.evaluation
+    options = {"samples": evaluated.samples, "seed": cfg.seed} | options
+    return evaluation.sample(
+        model,
+        tokenizer,
+        asked,
+        max_new_tokens=evaluated.max_new_tokens,
+        batch_size=evaluated.batch_size,
+        **options,
+    )
+
+
+def _drawn(cfg: DictConfig, run: RunModels, name: str, asked: Sequence[Mapping[str, Any]]) -> list[Sample]:
+    roles = run.roles
+    terminal.say(f"{name}: answering {len(asked):,} prompts, {cfg.evaluation.samples} times each ...")
+    with roles.active(run.adapters[name]):
+        made: list[Sample] = _sampled(cfg, roles.model, run.tokenizer, asked)
+    return made
+
+
+def _drawn_alone(cfg: DictConfig, policy: Policy, asked: Sequence[Mapping[str, Any]]) -> list[Sample]:
+    """The answers of a model of its own, under its own tokenizer and chat template."""
+    assert policy.source is not None
+    terminal.say(f"{policy.name}: loading, and answering {len(asked):,} prompts ...")
+    own = cfg.copy()
+    own.model.name_or_path, own.model.revision = policy.source, None
+    adapter = Path(policy.source) / "adapter_config.json"
+    if adapter.exists():
+        own.model.name_or_path = json.loads(adapter.read_text())["base_model_name_or_path"]
+    model = load_policy(own, adapter.parent) if adapter.exists() else models.load_base(own)
+    own.model.name_or_path = policy.source
+    tokenizer = models.load_tokenizer(own.model, Dataset.from_list([dict(row) for row in asked]))
+    made: list[Sample] = _sampled(cfg, model, tokenizer, asked)
+    del model
+    _release()
+    return made
+
+
+def _measured(cfg: DictConfig, run: RunModels, policy: Policy, made: Sequence[Sample]) -> dict[str, list[float]]:
+    """Reward and KL of each sample, as far as the run has what it takes."""
+    size, compared, roles = cfg.evaluation.batch_size, run.compared, run.roles
+    found: dict[str, list[float]] = {}
+    if REWARD in roles.heads:
+        seen = made if policy.source is None else [as_seen_by(run.tokenizer, s) for s in made]
+        found["reward"] = evaluation.rewards(roles, run.tokenizer, seen, size)
+    if policy.source is not None:
+        return found  # of another tokenizer, maybe: no KL
+    references = {KL_TO_SFT: "sft"} if compared.sft is not None else {}
+    for name, reference in (references | {KL_TO_BASE: BASE}).items():
+        adapters = {"policy": run.adapters[policy.name], "reference": run.adapters[reference]}
+        found[name] = evaluation.kl(roles, run.tokenizer, made, size, **adapters)
+    return found
+
+
+def as_seen_by(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Sample:
+    """A sample in the tokens of another model than made it, rendered as that one's own would be."""
+    chat = is_conversational(sample.prompt)
+    completion = [{"role": "assistant", "content": sample.completion}] if chat else sample.completion
+    prompt_ids, ids = render({"prompt": sample.prompt, "completion": completion}, tokenizer)
+    return replace(sample, prompt_ids=prompt_ids, completion_ids=ids if sample.ended else ids[:-1] or ids)
+
+
+def _best(
+    cfg: DictConfig, run: RunModels, asked: Sequence[Mapping[str, Any]], wanted: Sequence[int]
+) -> dict[int, Answers]:
+    """For each n the answers with the highest reward among n of SFT; one pool serves all n."""
+    if not wanted:
+        return {}
+    most, samples = max(wanted), cfg.evaluation.samples
+    terminal.say(f"best of {', '.join(map(str, wanted))}: sampling {most} answers of sft for each one kept ...")
+    with run.roles.active(run.adapters["sft"]):
+        # another seed: the pool shall not hold the very answers that it is compared with
+        pool = _sampled(cfg, run.roles.model, run.tokenizer, asked, samples=most * samples, seed=cfg.seed + 1)
+    rewards = evaluation.rewards(run.roles, run.tokenizer, pool, cfg.evaluation.batch_size)
+    best = {}
+    for n in wanted:
+        groups = [range(start, start + n) for start in range(0, len(pool), most)]
+        rows = [max(group, key=lambda row: rewards[row]) for group in groups]
+        best[n] = Answers(_best_of(n), [pool[row] for row in rows], {"reward": [rewards[row] for row in rows]})
+    return best
+
+
+def _best_of(n: int) -> str:
+    return f"best-of-{n}"
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,162 @@
+"""Who says which of two answers is better: the truth, reward models, functions, or a model that is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import data, rewards, terminal, world
+from rlhf_recipes.comparison import asking
+from rlhf_recipes.comparison.policies import Compared, text
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.runs import disk
+
+if TYPE_CHECKING:
+    from rlhf_recipes.comparison.answers import Answers
+
+FROM_RUN = "the run's reward model"
+
+
+class Judge(Protocol):
+    """Compares a policy's answers with a baseline's."""
+
+    name: str
+    evidence: bool  # False: what training optimised, and so no witness to what it gained
+
+    def verdicts(self, policy: Answers, baseline: Answers) -> list[float | None]:
+        """For each sample 1 if the policy's is better, 0 if the baseline's is, 0.5 for a tie, None for no verdict."""
+
+
+class Scores:
+    """A judge that scores every answer by itself."""
+
+    def __init__(self, name: str, scores: Mapping[str, Sequence[float | None]], *, evidence: bool = True):
+        self.name, self.scores, self.evidence = name, scores, evidence
+
+    def verdicts(self, policy: Answers, baseline: Answers) -> list[float | None]:
+        """See `Judge`."""
+        pairs = zip(self.scores[policy.name], self.scores[baseline.name], strict=True)
+        return [None if a is None or b is None else (a > b) + 0.5 * (a == b) for a, b in pairs]
+
+
+class Preferences:
+    """A judge that is asked about two answers."""
+
+    def __init__(self, asked: asking.Asked):
+        self.name, self.evidence, self.asked = asked.name, asked.evidence, asked
+
+    def verdicts(self, policy: Answers, baseline: Answers) -> list[float | None]:
+        """See `Judge`."""
+        prompts = [text(sample.prompt) for sample in policy.made]
+        return self.asked.verdicts(prompts, *([s.completion for s in of.made] for of in (policy, baseline)))
+
+
+def refuse_faults(cfg: DictConfig, compared: Compared) -> None:
+    """Check what can be checked of the judge before any model is loaded.
+
+    Raises:
+        UserError: more than one judge, one without what it needs, or the reward model that training optimised.
+    """
+    judge = cfg.judge
+    kinds = [kind for kind in ("url", "reward_model", "function") if judge[kind]]
+    if judge.url and not judge.model:
+        raise UserError("judge.url needs judge.model=<the model's name there>")
+    if len(kinds) > 1 or (judge.model and kinds and not judge.url):
+        raise UserError(f"judge: one at a time; set are {', '.join(kinds + ['model'] * bool(judge.model))}")
+    if judge.function:
+        rewards.function(judge.function)
+    if judge.reward_model and Path(judge.reward_model).is_dir() and compared.reward_model is not None:
+        weights = Path(judge.reward_model) / "adapter_model.safetensors"
+        own = compared.reward_model.path / "adapter_model.safetensors"
+        if weights.exists() and disk.hash_file(weights) == disk.hash_file(own):
+            raise UserError(
+                f"judge.reward_model={judge.reward_model} is the reward model that this run's training optimised. It "
+                "is shown anyway, and is no evidence: name another."
+            )
+
+
+def open_endpoint(cfg: DictConfig, folder: Path) -> list[Judge]:
+    """The judge behind an endpoint, where one is asked for; it is reached here, before any model is loaded."""
+    return [Preferences(asking.endpoint(cfg.judge, folder))] if cfg.judge.url else []
+
+
+def after_answers(cfg: DictConfig, answers: Mapping[str, Answers], folder: Path) -> list[Judge]:
+    """All judges but an endpoint: what the answers tell of themselves, and the one that the config names."""
+    judges: list[Judge] = []
+    if truth_is_known(cfg):
+        judges.append(Scores("gold", {name: gold(of) for name, of in answers.items()}))
+    if all("reward" in (of.measured or {}) for of in answers.values()):
+        scores = {name: (of.measured or {})["reward"] for name, of in answers.items()}
+        judges.append(Scores(FROM_RUN, scores, evidence=False))
+    if cfg.judge.function:
+        judges.append(
+            Scores(cfg.judge.function, {name: _called(cfg.judge.function, of) for name, of in answers.items()})
+        )
+    if cfg.judge.reward_model:
+        judges.append(Scores(cfg.judge.reward_model, _scored(cfg, answers)))
+    if cfg.judge.model and not cfg.judge.url:
+        judges.append(Preferences(asking.local(cfg, folder)))
+    return judges
+
+
+def truth_is_known(cfg: DictConfig) -> bool:
+    """Whether the prompts are those of the embedded world, whose truth is known."""
+    return cfg.eval.prompts is None and all(s.kind == "world" for s in data.parse(cfg.data, "prompts")[0])
+
+
+def gold(answers: Answers) -> list[float | None]:
+    """The truth's score of each answer in the embedded world."""
+    return [world.gold(sample.prompt, sample.completion).score for sample in answers.made]
+
+
+def _called(path: str, answers: Answers) -> list[float | None]:
+    made = answers.made
+    chat = bool(made) and not isinstance(made[0].prompt, str)
+    completions: list[Any] = [s.completion for s in made]
+    if chat:  # as TRL hands them to a reward function
+        completions = [[{"role": "assistant", "content": completion}] for completion in completions]
+    try:
+        scores = rewards.function(path)(
+            prompts=[s.prompt for s in made], completions=completions, completion_ids=[s.completion_ids for s in made]
+        )
+        found = [None if score is None or score != score else float(score) for score in scores]
+    except Exception as error:
+        raise UserError(f"judge.function={path} fails: {type(error).__name__}: {error}") from error
+    if len(found) != len(made):
+        raise UserError(f"judge.function={path} gave {len(found)} scores for {len(made)} completions")
+    return found
+
+
+def _scored(cfg: DictConfig, answers: Mapping[str, Answers]) -> dict[str, list[float | None]]:
+    """The scores of another reward model: an adapter on the run's base, or a sequence classifier of its own."""
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+
+    from rlhf_recipes import evaluation, models
+    from rlhf_recipes.comparison.answers import as_seen_by
+    from rlhf_recipes.roles import POLICY
+
+    path = cfg.judge.reward_model
+    terminal.say(f"{path}: scoring the answers ...")
+    prompts = Dataset.from_list([{"prompt": next(iter(answers.values())).made[0].prompt}])
+    size = cfg.evaluation.batch_size
+    if (Path(path) / "adapter_config.json").exists():
+        tokenizer = models.load_tokenizer(cfg.model, prompts)
+        roles = models.load_scorer(cfg, Path(path))
+        return {
+            name: evaluation.rewards(roles, tokenizer, [as_seen_by(tokenizer, s) for s in of.made], size, role=POLICY)
+            for name, of in answers.items()
+        }
+    own = cfg.copy()
+    own.model.name_or_path, own.model.revision, own.model.chat_template = path, None, None
+    tokenizer = models.load_tokenizer(own.model, prompts)
+    with models.loading(own.model):
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=models.dtype(own.model), num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which it finds the token that it scores
+    return {
+        name: evaluation.classifier_scores(model.eval(), tokenizer, [as_seen_by(tokenizer, s) for s in of.made], size)
+        for name, of in answers.items()
+    }
