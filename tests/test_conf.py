@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.config import CONF, compose, schema
-from rlhf_recipes.config.options import GROUPS, TRAINING, options
+from rlhf_recipes.config.options import GROUPS, RECIPES, TRAINING, groups, options
 
 FILES = sorted(CONF.rglob("*.yaml"))
 OWN_DATA = ["data.sft.path=a.jsonl", "data.preferences.path=b.jsonl", "data.prompts.path=c.jsonl"]
@@ -14,6 +14,10 @@ NEEDED = {
     "data/files": OWN_DATA,
     "data/capybara": OWN_DATA[1:],  # demonstrations only
     "model/other": ["model.name_or_path=org/model"],
+    "judge/endpoint": ["judge.url=http://localhost:8000/v1", "judge.model=qwen"],
+    "judge/local": ["judge.model=org/model"],
+    "judge/reward_model": ["judge.reward_model=runs/other/rm"],
+    "judge/function": ["judge.function=rewards.py:brevity"],
     "reward/function": ["reward.functions=[rewards.py:brevity]"],
     "reward/url": ["reward.url=http://localhost:8000"],
 }
@@ -24,19 +28,19 @@ def commands(file: Path) -> list[tuple[str, list[str]]]:
     name = str(file.relative_to(CONF).with_suffix(""))
     folder, _, choice = name.rpartition("/")
     if not folder:
-        return [(recipe, []) for recipe in TRAINING if choice in (recipe, "common")]
+        return [(recipe, []) for recipe in RECIPES if choice in (recipe, "common")]
     if folder.count("/"):  # sft/model/embedded.yaml: what a recipe trains differently
         recipe, group = folder.split("/")
         return [(recipe, [f"{group}={choice}"])]
-    recipes = [recipe for recipe in TRAINING if choice.startswith(f"{recipe}_")] or list(TRAINING)
-    recipes = ["ppo"] if folder == "reward" else recipes
+    recipes = [recipe for recipe in RECIPES if choice.startswith(f"{recipe}_")] or list(RECIPES)
+    recipes = [recipe for recipe in recipes if folder in groups(recipe)]
     return [(recipe, [f"{folder}={choice}", *NEEDED.get(name, [])]) for recipe in recipes]
 
 
 def test_the_search_for_config_files_finds_them() -> None:
     assert len(FILES) > 35
     assert {file.relative_to(CONF).parts[0] for file in FILES if file.parent != CONF} == {*GROUPS, *TRAINING}
-    assert {file.stem for file in FILES if file.parent == CONF} == {"common", *TRAINING}
+    assert {file.stem for file in FILES if file.parent == CONF} == {"common", *RECIPES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
@@ -71,7 +75,7 @@ def test_a_card_changes_no_batch(recipe: str, card: str) -> None:
 
 
 def test_every_key_that_a_comment_names_exists() -> None:
-    known = {key for recipe in TRAINING for key in options(recipe)} | {*GROUPS}
+    known = {key for recipe in RECIPES for key in options(recipe)} | {*GROUPS}
     for file in FILES:
         for line in file.read_text().splitlines():
             for key in re.findall(r"(?<![\w.])([a-z_]+(?:\.[a-z_0-9]+)*)=", line.partition("#")[2]):

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from rlhf_recipes import config
 from rlhf_recipes.config import build, compose, plain, recipe
-from rlhf_recipes.config.options import DECIDED, TRAINING, options
+from rlhf_recipes.config.options import DECIDED, RECIPES, TRAINING, options
 from rlhf_recipes.errors import UserError
 
 ARGS = ["run=first", "model=qwen2.5-0.5b", "data=ultrafeedback", "hardware=12gb", "lora.r=32", "start=model", "trunk=0"]
@@ -30,7 +30,7 @@ def faults(name: str, *overrides: str) -> list[str]:
 # Composing
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_same_overrides_are_accepted_by_every_recipe(name: str) -> None:
     cfg = compose(name, ARGS)
     assert (cfg.run, cfg.start, cfg.trunk) == ("first", "model", 0.0)
@@ -40,7 +40,7 @@ def test_the_same_overrides_are_accepted_by_every_recipe(name: str) -> None:
     assert cfg.data.preferences.path == "HuggingFaceH4/ultrafeedback_binarized"
 
 
-@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_option_of_the_library_is_an_override_without_a_plus(name: str) -> None:
     settable = [key for key, option in options(name).items() if key not in DECIDED and option.annotation == "bool"]
     settable = [key for key in settable if not key.startswith("quantization.") and key != "training.fp16"]
@@ -55,6 +55,11 @@ def test_a_config_holds_what_was_set_and_no_default_of_a_library() -> None:
     assert "neftune_noise_alpha" not in cfg.training
     assert plain(cfg.quantization) == {}
     assert cfg.model.dtype == "auto", "the project's own options are all there"
+
+
+def test_the_last_word_on_a_key_counts() -> None:
+    assert compose("sft", ["evaluation.samples=1", "evaluation.samples=2"]).evaluation.samples == 2
+    assert compose("sft", [f"evaluation.samples={n}" for n in (1, 2, 1)]).evaluation.samples == 1
 
 
 def test_values_are_typed() -> None:

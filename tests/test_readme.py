@@ -17,7 +17,7 @@ import torch
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.config import CONF, compose
 from rlhf_recipes.config.command import _checked
-from rlhf_recipes.config.options import GROUPS, TRAINING, options
+from rlhf_recipes.config.options import GROUPS, RECIPES, TRAINING, options
 from rlhf_recipes.plan.command import parse
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SOURCES = sorted([*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").glob("*.py"), *CONF.rglob("*.yaml")])
 TARGETS = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split())
 COMMAND = re.compile(r"^\s*(?:#\s*)?((?:make|python -m recipes\.\w+) .*)$")
-VARIABLES = {"ARGS": set(TRAINING)} | {f"{recipe.upper()}_ARGS": {recipe} for recipe in TRAINING} | {"CARD": {"plan"}}
+VARIABLES = {"ARGS": set(RECIPES)} | {f"{recipe.upper()}_ARGS": {recipe} for recipe in RECIPES} | {"CARD": {"plan"}}
 
 
 def told(file):
@@ -59,13 +59,13 @@ def recipes_of(command):
     return [
         (target, shlex.split(" ".join(text for name, text in variables.items() if target in VARIABLES[name])))
         for target in targets
-        if target in TRAINING
+        if target in RECIPES
     ]
 
 
 def test_there_are_commands_in_the_readme_and_in_every_recipe():
     files = {file for file, _ in COMMANDS}
-    assert {ROOT / "README.md", *(ROOT / "recipes" / f"{recipe}.py" for recipe in TRAINING)} <= files
+    assert {ROOT / "README.md", *(ROOT / "recipes" / f"{recipe}.py" for recipe in RECIPES)} <= files
     readme = "\n".join(command for file, command in COMMANDS if file.name == "README.md")
     assert "make sft rm ppo " in readme and "make test" in readme
 
@@ -97,12 +97,12 @@ def printed(recipe, arguments):
 
 
 def test_help_shows_the_recipes_own_commands():
-    for recipe in TRAINING:
+    for recipe in RECIPES:
         text = printed(recipe, ["--help"])
         assert all(command in text for file, command in COMMANDS if file == ROOT / "recipes" / f"{recipe}.py")
 
 
-KNOWN = {key for recipe in TRAINING for key in options(recipe)} | {*GROUPS}
+KNOWN = {key for recipe in RECIPES for key in options(recipe)} | {*GROUPS}
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)

@@ -465,3 +465,151 @@ def test_a_killed_ppo_run_resumes_and_ends_with_the_weights_of_an_unbroken_one(c
     broken, whole = ([tmp_path / run_name / "ppo" / name for name in names] for run_name in ("broken", "whole"))
     assert sha(*broken) == sha(*whole)
     assert (tmp_path / "broken/ppo/samples.json").read_text() == (tmp_path / "whole/ppo/samples.json").read_text()
+
+
+# ---- eval: the run's policies and others, side by side
+
+
+@pytest.fixture(scope="module")
+def compared(chain, tmp_path_factory):
+    """A copy of the run, compared once: its folder, the overrides, and what was written to the terminal."""
+    folder = tmp_path_factory.mktemp("eval") / chain.folder.name
+    shutil.copytree(chain.folder, folder)
+    args = [*chain.args, f"runs_dir={folder.parent}", "eval.best_of=[2,4]", "evaluation.samples=2"]
+    return folder, args, done("eval", *args)
+
+
+def evaluated(folder, name="metrics.json"):
+    return json.loads((folder / "eval" / name).read_text())
+
+
+def test_eval_measures_every_policy_of_the_run_and_the_best_of_n(compared):
+    folder, _, output = compared
+    metrics = evaluated(folder)
+    assert [*metrics["policies"]] == ["base", "sft", "dpo", "ppo", "best-of-2", "best-of-4"]
+    for name, measured in metrics["policies"].items():
+        kl = {"KL to SFT", "KL to base"} if not name.startswith("best") else set()
+        assert {"gold", "reward", "reward spread", "length", "EOS", "distinct-2", "repetition"} | kl <= {*measured}
+    assert metrics["policies"]["sft"]["KL to SFT"] == metrics["policies"]["base"]["KL to base"] == [0, 0]
+    assert metrics["policies"]["sft"]["KL to base"][0] > 0
+    assert [row["n"] for row in metrics["best_of_n"]] == [2, 4]
+    rewards = {name: measured["reward"][0] for name, measured in metrics["policies"].items()}
+    assert rewards["best-of-4"] > rewards["best-of-2"] > rewards["base"]
+    wins = [(row["policy"], row["judge"], row["evidence"]) for row in metrics["win_rates"]]
+    others = ("base", "dpo", "ppo", "best-of-2", "best-of-4")
+    assert wins == [(p, j, e) for j, e in (("gold", True), ("the run's reward model", False)) for p in others]
+    assert all(low <= mean <= high for row in metrics["win_rates"] for mean, low, high in [row["win_rate"]])
+    assert metrics["reward_model"]["accuracy"] == json.loads((folder / "rm/metrics.json").read_text())["accuracy"]
+    assert "no evidence" in output and "at equal length" in output
+
+
+def test_eval_answers_as_the_stages_did(chain, compared):
+    folder, args, _ = compared
+    done("eval", *args, "evaluation.samples=1", "eval.best_of=null")
+    rows = evaluated(folder, "samples.json")
+    for stage in ("sft", "dpo", "ppo"):
+        told = chain.json(stage, "samples.json")["samples"]
+        assert [row["completions"][stage]["text"] for row in rows] == [row[stage] for row in told]
+    done("eval", *args)
+
+
+def test_what_was_answered_is_not_drawn_again_and_what_is_missing_is(compared):
+    folder, args, _ = compared
+    kept = {f: f.stat().st_mtime_ns for f in (folder / "eval" / "answers").iterdir()}
+    before = evaluated(folder)
+    assert "answering" not in done("eval", *args)
+    assert {f: f.stat().st_mtime_ns for f in (folder / "eval" / "answers").iterdir()} == kept
+    (folder / "eval" / "answers" / "ppo.json").unlink()
+    (folder / "eval" / "answers" / "best-of-2.json").write_text('{"name": "best')
+    output = done("eval", *args)
+    assert "ppo: answering" in output and "sft: answering" not in output and "best of 2: sampling" in output
+    assert evaluated(folder) == before
+
+
+def test_answers_of_another_seed_are_told_and_drawn_again(compared):
+    folder, args, _ = compared
+    output = done("eval", *args, "seed=7", "eval.policies=[sft,ppo]", "eval.best_of=null")
+    assert "The answers of ppo are of another comparison" in output and "seed: 0 -> 7" in output
+    assert [*evaluated(folder)["policies"]] == ["sft", "ppo"]
+    done("eval", *args)
+
+
+def test_a_model_of_its_own_answers_as_it_does_in_the_run(compared, tmp_path):
+    """The embedded base under its folder's name, and the PPO adapter outside of any run."""
+    folder, args, _ = compared
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "ppo" / file, adapter)
+    done("eval", *args, f"eval.policies=[base,ppo,{world.BASE},{adapter}]", "eval.best_of=null")
+    rows, policies = evaluated(folder, "samples.json"), evaluated(folder)["policies"]
+    for own, here in ((str(world.BASE), "base"), (str(adapter), "ppo")):
+        assert all(row["completions"][own]["text"] == row["completions"][here]["text"] for row in rows)
+        assert policies[own]["reward"][0] == pytest.approx(policies[here]["reward"][0], abs=1e-3)
+    done("eval", *args)
+
+
+def test_eval_asks_a_judge_and_asks_it_only_once(compared):
+    from judge_server import prefers, serving
+
+    folder, args, _ = compared
+    with serving(prefers("not")) as server:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        judge = [*args, "judge=endpoint", f"judge.url={url}", "judge.model=qwen", "eval.policies=[sft,ppo]"]
+        done("eval", *judge)
+        asked = len(server.asked)
+        done("eval", *judge)
+        assert asked > 0 and len(server.asked) == asked
+    rows = [row for row in evaluated(folder)["win_rates"] if row["judge"] == f"qwen at {url}"]
+    assert [row["policy"] for row in rows] == ["ppo", "best-of-2", "best-of-4"]
+    assert all(row["evidence"] and row["failed"] == 0 for row in rows)
+    code, output = run("eval", *judge)
+    assert code == 2 and "no judge answers at" in output and "answering" not in output
+    done("eval", *args)
+
+
+def test_eval_measures_the_reward_model_by_category_and_runs_lm_eval(compared, tmp_path):
+    folder, args, _ = compared
+    rows = [row for row in world.pairs(world.rankings(1)["test"])[:12]]
+    bench = tmp_path / "bench.jsonl"
+    bench.write_text(
+        "\n".join(
+            json.dumps({"prompt": p, "chosen": c, "rejected": r, "subset": f"part {i % 2}"})
+            for i, (p, c, r) in enumerate(rows)
+        )
+    )
+    questions = tmp_path / "questions.jsonl"
+    asked = world.demonstrations()["test"][:6]
+    questions.write_text("\n".join(json.dumps({"q": r["prompt"], "right": r["completion"]}) for r in asked))
+    (tmp_path / "isles.yaml").write_text(
+        f"task: isles\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {questions}\ntest_split: test\n"
+        'output_type: multiple_choice\ndoc_to_text: "{{q}}"\ndoc_to_target: 0\n'
+        'doc_to_choice: "{{[right, \' qqq qqq qqq.\']}}"\ntarget_delimiter: ""\nmetric_list:\n  - metric: acc\n'
+    )
+    done(
+        *("eval", *args, "eval.policies=[base,sft]", "eval.best_of=null", f"eval.reward_bench={bench}"),
+        *("eval.benchmarks=[isles]", f"eval.benchmark_tasks={tmp_path}"),
+    )
+    metrics = evaluated(folder)
+    assert {name: of["pairs"] for name, of in metrics["reward_model"]["categories"].items()} == {
+        "part 0": 6,
+        "part 1": 6,
+    }
+    assert {policy: of["isles"]["acc"] for policy, of in metrics["benchmarks"].items()} == {"base": 1, "sft": 1}
+    done("eval", *args)
+
+
+def test_eval_refuses_before_it_loads_and_leaves_nothing_behind(chain, tmp_path):
+    folder = tmp_path / chain.folder.name
+    shutil.copytree(chain.folder, folder)
+    args = [*chain.args, f"runs_dir={tmp_path}"]
+    for fault, told in {
+        "eval.policies=[sft,pop]": "pop is no policy",
+        "judge.reward_model=" + str(folder / "rm"): "is the reward model that this run's training optimised",
+        "judge.url=http://127.0.0.1:9/v1": "judge.url needs judge.model",
+        "lora.r=3": "made with another base or adapter",
+        "run=never": "is no run",
+    }.items():
+        code, output = run("eval", *args, fault)
+        assert code == 2 and told in output, output
+        assert not (folder / "eval").exists() and not (tmp_path / "never").exists()

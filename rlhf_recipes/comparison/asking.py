@@ -39,7 +39,7 @@ QUESTION = """Here are a prompt and two answers to it.
 {second}
 
 {question} Reply with one letter: A, B, or T for a tie."""
-REPLY = re.compile(r"\W*(?:answer\s+)?\W*([ABT])\W*", re.IGNORECASE)
+REPLY = re.compile(r"\W*(?:answer\W+)?([ABT])\W*", re.IGNORECASE)
 GIVE_UP = 20
 """Questions in a row that got no usable reply, after which the judge is taken to be gone."""
 FIRST_WAIT = 1.0  # seconds before a further try, doubled each time

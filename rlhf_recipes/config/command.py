@@ -171,6 +171,7 @@ def _rewritten(overrides: Sequence[str], *, multirun: bool) -> tuple[dict[str, l
             if isinstance(override.value(), list) and key.startswith("data."):
                 accepted[f"~{key}"] = [f"~{key}"]  # a mixture takes the place of the preset's one source
             text = f"++{text.lstrip('+')}"
+            accepted.pop(text, None)  # the last word on a key counts, also where it repeats the first
             accepted[text] = [f"++{key}={value}" for value in swept] or [text]
     return accepted, faults
 

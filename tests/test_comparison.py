@@ -1,0 +1,470 @@
+"""What `make eval` is made of: win rates and text measures against oracles, judges against a real server."""
+
+import json
+import math
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from judge_server import prefers, serving
+from nltk.util import ngrams as nltk_ngrams
+from scipy.stats import bootstrap
+from sklearn.linear_model import LogisticRegression
+
+from rlhf_recipes import world
+from rlhf_recipes.comparison import asking, benchmarks, findings, judges, policies, reward_bench, texts, wins
+from rlhf_recipes.comparison.answers import Answers
+from rlhf_recipes.config import compose
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.evaluation import Sample
+
+# ---- texts
+
+
+def test_distinct_n_by_hand():
+    """the cat the cat: 4 words, 2 different; 3 bigrams (the cat, cat the, the cat), 2 different."""
+    assert texts.distinct(["the cat the cat"], 1) == 2 / 4
+    assert texts.distinct(["The cat, the cat!"], 2) == 2 / 3
+    assert texts.distinct(["a b", "a b", "b a"], 2) == 2 / 3
+    assert texts.distinct(["", "one"], 2) == 0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_distinct_n_agrees_with_nltk(n):
+    made = [row["completion"] for row in world.demonstrations()["train"][:50]]
+    grams = [gram for text in made for gram in nltk_ngrams(texts.words(text), n)]
+    assert 0 < texts.distinct(made, n) < 1
+    assert texts.distinct(made, n) == len(set(grams)) / len(grams)
+
+
+def test_self_repetition_is_the_share_of_4_grams_that_were_there_before():
+    """a b c d a b c d: abcd bcda cdab dabc abcd, one of five was there."""
+    assert texts.self_repetition("a b c d a b c d") == pytest.approx(1 / 5)
+    assert texts.self_repetition("a b c d e") == texts.self_repetition("a b c") == 0
+    assert texts.self_repetition("no " * 8) == pytest.approx(4 / 5)
+
+
+def test_refusals_are_told_by_their_phrases():
+    declined = [
+        "I can't help with that.",
+        "I\u2019m sorry, but no.",
+        "I will not help: it would be wrong.",
+        "As an AI, ...",
+    ]
+    helped = ["You can open it so.", "I know the answer.", "Sorry seems to be the hardest word", ""]
+    assert [texts.refuses(t) for t in declined] == [True] * 4
+    assert [texts.refuses(t) for t in helped] == [False] * 4
+
+
+# ---- win rates
+
+
+def test_a_tie_is_half_a_win_and_a_failed_comparison_counts_neither_way():
+    assert wins.win_rate([1, 0.5, 0, 0], 1).mean == pytest.approx(1.5 / 4)
+    assert wins.win_rate([1, None, None, 0.5], 1).mean == pytest.approx(1.5 / 2)
+    assert wins.win_rate([None, None], 1) is None
+    assert wins.win_rate([1, 1, 1], 1) == (1, 1, 1)
+
+
+def test_samples_of_one_prompt_are_resampled_together():
+    verdicts = np.repeat(np.random.default_rng(0).integers(0, 2, 100), 4).tolist()
+    together, apart = wins.win_rate(verdicts, 4), wins.win_rate(verdicts, 1)
+    assert together.mean == apart.mean
+    assert together.high - together.low == pytest.approx(2 * (apart.high - apart.low), rel=0.15)
+
+
+def test_the_interval_is_that_of_scipy():
+    verdicts = np.random.default_rng(1).choice([0, 0.5, 1], 150, p=[0.3, 0.3, 0.4])
+    theirs = bootstrap(
+        (verdicts,), np.mean, n_resamples=5000, method="percentile", random_state=np.random.default_rng(2)
+    ).confidence_interval
+    ours = wins.win_rate(verdicts.tolist(), 1)
+    assert (ours.low, ours.high) == (pytest.approx(theirs.low, abs=0.01), pytest.approx(theirs.high, abs=0.01))
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_true_win_rate_in_95_of_100_cases():
+    """1000 simulated comparisons of 150 prompts, two samples each, whose chance of a win differs by prompt."""
+    rng = np.random.default_rng(3)
+    true, covered = 0.6, 0
+    for case in range(1000):
+        chance = rng.beta(6, 4, size=150)  # its mean is 0.6
+        verdicts = (rng.random((150, 2)) < chance[:, None]).astype(float)
+        rate = wins.win_rate(verdicts.ravel().tolist(), 2, seed=case)
+        covered += rate.low <= true <= rate.high
+    assert 930 <= covered <= 970
+
+
+def simulated(likes_length, gain=0.0, n=1000, seed=4):
+    """Verdicts of a judge that sees by how much an answer is longer, and adds `gain` to the policy's."""
+    rng = np.random.default_rng(seed)
+    longer = rng.normal(8, 20, n).round()
+    chance = 1 / (1 + np.exp(-(gain + likes_length * np.tanh(longer / longer.std()))))
+    return (rng.random(n) < chance).astype(float), longer
+
+
+def test_the_length_controlled_win_rate_is_that_of_a_public_logistic_regression():
+    won, longer = simulated(1.5, gain=0.3)
+    won[::7] = 0.5
+    x = np.tanh(longer / longer.std())[:, None]
+    model = LogisticRegression(C=1 / wins.RIDGE, tol=1e-10, max_iter=1000)
+    # a tie is half of a win and half of a loss
+    model.fit(np.vstack([x, x]), np.repeat([1, 0], len(x)), sample_weight=np.concatenate([won, 1 - won]))
+    theirs = 1 / (1 + math.exp(-model.intercept_[0]))
+    ours = wins.length_controlled(won.tolist(), longer.tolist(), 1)
+    assert ours.mean == pytest.approx(theirs, abs=1e-5)
+    assert ours.low < ours.mean < ours.high
+
+
+def test_a_judge_that_likes_length_alone_gives_half_at_equal_length():
+    won, longer = simulated(2.0)
+    assert wins.win_rate(won.tolist(), 1).low > 0.55
+    rate = wins.length_controlled(won.tolist(), longer.tolist(), 1)
+    assert rate.low < 0.5 < rate.high
+
+
+def test_a_judge_that_does_not_see_length_gives_the_raw_rate():
+    won, longer = simulated(0.0, gain=0.8)
+    controlled, raw = wins.length_controlled(won.tolist(), longer.tolist(), 1), wins.win_rate(won.tolist(), 1)
+    assert controlled.mean == pytest.approx(raw.mean, abs=0.02)
+
+
+def test_equal_lengths_have_nothing_to_control():
+    assert wins.length_controlled([1, 0, 1], [5, 5, 5], 1) is None
+
+
+def test_length_that_decides_everything_ends_in_finite_numbers():
+    rate = wins.length_controlled([1, 1, 0, 0] * 10, [5, 3, -2, -4] * 10, 1)
+    assert all(math.isfinite(value) for value in rate)
+    assert wins.length_controlled([1] * 20, list(range(20)), 1).mean > 0.99
+
+
+# ---- a judge behind an endpoint, and a real server
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(asking, "FIRST_WAIT", 0.0)
+
+
+def judge_at(server, folder, **options):
+    port = server if isinstance(server, int) else server.server_port
+    settings = {"concurrency": 4, "timeout": 5.0, "retries": 2, "key_variable": "JUDGE_KEY", "question": "Which?"}
+    settings |= {"url": f"http://127.0.0.1:{port}/v1", "model": "qwen"}
+    return asking.endpoint(SimpleNamespace(**settings | options), folder)
+
+
+PROMPTS = ["p1", "p2", "p3", "p4"]
+GOOD, BAD = ["good 1", "good 2", "good 3", "good 4"], ["bad 1", "bad 2", "bad 3", "bad 4"]
+
+
+def test_the_better_answer_wins_on_either_side(tmp_path):
+    with serving(prefers("good")) as server:
+        judge = judge_at(server, tmp_path)
+        assert judge.verdicts(PROMPTS, GOOD, BAD) == [1] * 4
+        assert judge.verdicts(PROMPTS, BAD, GOOD) == [0] * 4
+        assert judge.verdicts(PROMPTS[:2], ["good", "bad"], ["very good", "very bad"]) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("always", ["A", "B", "T", "Answer A.", "**B**"])
+def test_a_judge_that_always_says_the_same_gives_half(tmp_path, always):
+    with serving(lambda *_: always) as server:
+        verdicts = judge_at(server, tmp_path).verdicts(PROMPTS, GOOD, BAD)
+    assert verdicts == [0.5] * 4
+    assert wins.win_rate(verdicts, 1).mean == 0.5
+
+
+def test_equal_answers_tie_without_a_question(tmp_path):
+    with serving(prefers("good")) as server:
+        assert judge_at(server, tmp_path).verdicts(PROMPTS, GOOD, [f" {good}\n" for good in GOOD]) == [0.5] * 4
+        assert server.asked == []
+
+
+def test_nonsense_and_server_errors_are_tried_again(tmp_path):
+    good = prefers("good")
+
+    def reply(text, number):
+        return 500 if number == 1 else "I would rather not say" if number == 2 else good(text, number)
+
+    with serving(reply) as server:
+        assert judge_at(server, tmp_path).verdicts(PROMPTS, GOOD, BAD) == [1] * 4
+        assert len(server.asked) == 8 + 2
+
+
+@pytest.mark.parametrize("failure", [500, 429, "no idea, A or B", ""])
+def test_a_question_that_never_gets_a_reply_is_counted_and_no_loss(tmp_path, failure):
+    good = prefers("good")
+    with serving(lambda text, n: failure if "p2" in text else good(text, n)) as server:
+        verdicts = judge_at(server, tmp_path).verdicts(PROMPTS, GOOD, BAD)
+    assert verdicts == [1, None, 1, 1]
+    assert len([text for text in server.asked if "p2" in text]) == 2 * 3, "three tries of both questions"
+    assert wins.win_rate(verdicts, 1) == (1, 1, 1)
+
+
+def test_a_judge_that_takes_too_long_is_a_failure(tmp_path):
+    def reply(text, _):
+        if "p1" in text:
+            time.sleep(1.5)
+        return prefers("good")(text, _)
+
+    with serving(reply) as server:
+        judge = judge_at(server, tmp_path, timeout=0.3, retries=0)
+        assert judge.verdicts(PROMPTS, GOOD, BAD) == [None, 1, 1, 1]
+
+
+def test_a_judge_that_is_gone_ends_the_comparison_and_the_next_one_asks_only_the_rest(tmp_path):
+    many = [f"p{i}" for i in range(40)]
+    good, bad = [f"good {i}" for i in range(40)], [f"bad {i}" for i in range(40)]
+    gone = pytest.raises(UserError, match=r"gave no usable reply to 20 questions in a row. The \d+ replies")
+    with serving(lambda text, n: prefers("good")(text, n) if n <= 30 else 503) as server, gone:
+        judge_at(server, tmp_path, concurrency=1, retries=0).verdicts(many, good, bad)
+    kept = len(next(tmp_path.glob("*.jsonl")).read_text().splitlines())
+    assert kept == 30
+    with serving(prefers("good")) as again:
+        port_moved = judge_at(again, tmp_path)
+        port_moved.about, port_moved.file = {**port_moved.about, "url": server_url(server)}, next(tmp_path.iterdir())
+        assert port_moved.verdicts(many, good, bad) == [1] * 40
+        assert len(again.asked) == 80 - 30
+
+
+def server_url(server):
+    return f"http://127.0.0.1:{server.server_port}/v1"
+
+
+def test_a_line_that_a_killed_process_left_half_written_is_asked_again(tmp_path):
+    with serving(prefers("good")) as server:
+        judge = judge_at(server, tmp_path)
+        judge.verdicts(PROMPTS, GOOD, BAD)
+        judge.file.write_text(judge.file.read_text()[:-20])
+        server.asked.clear()
+        assert judge.verdicts(PROMPTS, GOOD, BAD) == [1] * 4
+        assert len(server.asked) == 1
+
+
+def test_another_question_is_another_judge(tmp_path):
+    with serving(prefers("good")) as server:
+        judge_at(server, tmp_path).verdicts(PROMPTS, GOOD, BAD)
+        server.asked.clear()
+        judge_at(server, tmp_path, question="Which? Be strict.").verdicts(PROMPTS, GOOD, BAD)
+        assert len(server.asked) == 8
+
+
+def test_the_key_comes_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    with serving(prefers("good")) as server:
+        judge = judge_at(server, tmp_path)
+        judge.verdicts(PROMPTS, GOOD, BAD)
+        assert server.keys == ["Bearer secret"]
+    assert not any("secret" in file.read_text() for file in tmp_path.iterdir())
+
+
+def test_a_judge_that_cannot_be_reached_or_has_no_such_model_is_told_at_once(tmp_path):
+    with serving(prefers("good")) as server:
+        with pytest.raises(UserError, match="no such model; it has qwen"):
+            judge_at(server, tmp_path, model="gpt")
+        port = server.server_port
+    with pytest.raises(UserError, match="no judge answers at"):
+        judge_at(port, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "reply"),
+    [
+        *(("A", "A"), ("b", "B"), (" T ", "T"), ("Answer: B.", "B"), ("**A**", "A"), ('"B"', "B")),
+        ("<think>A is long. B?</think>\n\nB", "B"),
+        ("Both are fine, but the first is shorter.\nAnswer A", "A"),
+        *(("", None), ("A better answer would be B", None), ("C", None), ("AB", None), ("A or B", None)),
+    ],
+)
+def test_a_reply_is_a_letter_and_nothing_else(said, reply):
+    assert asking.read_reply(said) == reply
+
+
+# ---- a judge in this process
+
+
+def test_a_local_model_says_the_likelier_letter_of_each_unpadded_question(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    cfg = compose("eval", ["judge=local", f"judge.model={world.BASE}", "evaluation.batch_size=2"])
+    judge = asking.local(cfg, tmp_path)
+    questions = [asking.Question(p, a, b) for p, a, b in zip(PROMPTS[:3], GOOD, ["bad", "b " * 30, ""], strict=False)]
+    replies = dict(judge._ask(questions))
+    tokenizer = AutoTokenizer.from_pretrained(world.BASE)
+    model = AutoModelForCausalLM.from_pretrained(world.BASE)
+    from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE
+
+    tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    letters = [[tokenizer(t)["input_ids"][-1] for t in (letter, f" {letter}")] for letter in "AB"]
+    for number, question in enumerate(questions):
+        chat = [{"role": "user", "content": question.text(cfg.judge.question)}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            chances = model(ids).logits[0, -1].softmax(-1)
+        first, second = (chances[sorted(set(of))].sum() for of in letters)
+        assert replies[number] == ("A" if first > second else "B")
+
+
+# ---- judges that score
+
+
+def answers(name, completions, rewards=None):
+    made = [Sample(prompt, text, [1], [2] * len(text.split())) for prompt, text in completions]
+    return Answers(name, made, {} if rewards is None else {"reward": rewards})
+
+
+def test_scores_compare_sample_by_sample_and_a_missing_score_is_no_verdict():
+    judge = judges.Scores("s", {"a": [1.0, 2.0, None, 3.0], "b": [0.0, 2.0, 1.0, 4.0]})
+    assert judge.verdicts(answers("a", []), answers("b", [])) == [1, 0.5, None, 0]
+
+
+def test_the_reward_model_that_was_optimised_is_no_evidence_and_gold_is(tmp_path):
+    cfg = compose("eval")
+    row = world.demonstrations()["test"][0]
+    found = {name: answers(name, [(row["prompt"], row["completion"])], [1.0]) for name in ("sft", "ppo")}
+    by_name = {judge.name: judge for judge in judges.after_answers(cfg, found, tmp_path)}
+    assert by_name["gold"].evidence and not by_name[judges.FROM_RUN].evidence
+    told = findings.win_rates(found, "sft", [*by_name.values()], [None], 1, 0)
+    assert [row["evidence"] for row in told] == [True, False]
+    assert told[0]["win_rate"] == (0.5, 0.5, 0.5)
+
+
+def scoring(tmp_path, body):
+    file = tmp_path / "scores.py"
+    file.write_text(f"def score(prompts, completions, completion_ids, **kwargs):\n    return {body}\n")
+    return compose("eval", ["judge=function", f"judge.function={file}:score", "eval.prompts=hhh"])
+
+
+def test_a_function_scores_the_answers(tmp_path):
+    found = {"a": answers("a", [("p", "one two three"), ("p", "one")]), "b": answers("b", [("p", "one"), ("p", "one")])}
+    (judge,) = judges.after_answers(scoring(tmp_path, "[len(c.split()) for c in completions]"), found, tmp_path)
+    assert judge.verdicts(found["a"], found["b"]) == [1, 0.5]
+
+
+@pytest.mark.parametrize(("body", "told"), [("1 / 0", "ZeroDivisionError"), ("[1.0]", "gave 1 scores for 2")])
+def test_a_function_that_fails_is_told(tmp_path, body, told):
+    found = {"a": answers("a", [("p", "one two three"), ("p", "one")])}
+    with pytest.raises(UserError, match=told):
+        judges.after_answers(scoring(tmp_path, body), found, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["judge.url=http://localhost:1/v1"], "judge.url needs judge.model"),
+        (["judge.function=a.py:f", "judge.reward_model=b"], "one at a time"),
+        (["judge.model=b", "judge.function=a.py:f"], "one at a time"),
+        (["judge.function=nothing.py:f"], "nothing.py cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_judge_is_told_before_anything_is_loaded(overrides, told):
+    compared = policies.Compared([], "sft")
+    with pytest.raises(UserError, match=told):
+        judges.refuse_faults(compose("eval", overrides), compared)
+
+
+# ---- which policies, which prompts
+
+
+def run_with(tmp_path, **stages):
+    """A run folder with finished stages, as far as their manifests go."""
+    from rlhf_recipes.runs import Stage
+
+    for name, before in stages.items():
+        cfg = compose("ppo", ["run=r", f"runs_dir={tmp_path}"])
+        with Stage.open(cfg, name, predecessors=before, data_fingerprint={}, overrides=[]) as stage:
+            stage.finish(
+                {"accuracy": [0.7, 0.01], "calibration_error": 0.02, "pairs": 9},
+                save=lambda folder, name=name: (Path(folder) / "adapter_model.safetensors").write_text(name),
+            )
+    return lambda *overrides: policies.resolve(compose("eval", ["run=r", f"runs_dir={tmp_path}", *overrides]))
+
+
+def test_the_base_and_all_finished_stages_are_compared_by_default(tmp_path):
+    resolve = run_with(tmp_path, sft=(), rm=("sft",), ppo=("sft", "rm"))
+    compared = resolve()
+    assert [policy.name for policy in compared.policies] == ["base", "sft", "ppo"]
+    assert compared.baseline == "sft" and compared.best_of == [4]
+    assert compared.sft.path == tmp_path / "r/sft" and compared.reward_model.path == tmp_path / "r/rm"
+
+
+def test_without_sft_the_base_is_the_baseline(tmp_path):
+    compared = run_with(tmp_path, ppo=())()
+    assert (compared.baseline, compared.best_of) == ("base", [])
+
+
+def test_other_models_are_named_by_folder_or_hub_id_and_the_baseline_comes_along(tmp_path):
+    resolve = run_with(tmp_path, sft=(), ppo=("sft",))
+    compared = resolve(f"eval.policies=[ppo,{world.BASE},HuggingFaceTB/SmolLM2-135M-Instruct]")
+    assert [p.name for p in compared.policies] == ["sft", "ppo", str(world.BASE), "HuggingFaceTB/SmolLM2-135M-Instruct"]
+    assert [p.source is None for p in compared.policies] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["eval.policies=[pop]"], "pop is no policy. There are base, sft"),
+        (["eval.policies=[dpo]"], "dpo is missing. Make it first: make dpo"),
+        (["eval.baseline=dpo"], "eval.baseline=dpo is none of the policies: base, sft"),
+        (["eval.best_of=[1,4]"], r"eval.best_of=\[1\]: a best of n wants n of 2 or more"),
+        (["eval.policies=[{tmp_path}]"], "holds no model and no adapter"),
+    ],
+)
+def test_what_cannot_be_compared_is_told(tmp_path, overrides, told):
+    resolve = run_with(tmp_path, sft=())
+    with pytest.raises(UserError, match=told):
+        resolve(*(o.format(tmp_path=tmp_path) for o in overrides))
+
+
+def test_nothing_to_compare_is_told(tmp_path):
+    (tmp_path / "r").mkdir()
+    with pytest.raises(UserError, match="Make one first: make sft"):
+        run_with(tmp_path)()
+
+
+def test_the_shipped_prompts_are_of_three_kinds_and_all_different():
+    asked = policies.prompts(compose("eval", ["eval.prompts=hhh"]))
+    assert {row["category"] for row in asked} == {"helpful", "honest", "harmless"}
+    assert len({policies.text(row["prompt"]) for row in asked}) == len(asked) == 48
+
+
+@pytest.mark.parametrize(
+    ("line", "told"), [('{"promt": "x"}', "line 2: want"), ("nonsense", "line 2: want"), ("3", "line 2: want")]
+)
+def test_a_bad_line_of_a_prompts_file_is_named(tmp_path, line, told):
+    file = tmp_path / "p.jsonl"
+    file.write_text(f'{{"prompt": "fine"}}\n{line}\n')
+    with pytest.raises(UserError, match=told):
+        policies.prompts(compose("eval", [f"eval.prompts={file}"]))
+
+
+def test_the_bound_of_best_of_n_by_hand():
+    """log 4 - 3/4."""
+    assert policies.best_of_kl(4) == pytest.approx(1.3862943611 - 0.75)
+
+
+# ---- the reward model by category, and benchmarks
+
+
+def test_pairs_in_the_form_of_reward_bench_are_read_and_a_bad_row_is_named(tmp_path):
+    file = tmp_path / "bench.jsonl"
+    good = {"prompt": "p", "chosen": "yes", "rejected": "no", "subset": "chat"}
+    file.write_text("\n".join(json.dumps(row) for row in (good, good | {"subset": "safety"})))
+    rows = reward_bench.pairs(compose("eval", [f"eval.reward_bench={file}"]))
+    assert [row["subset"] for row in rows] == ["chat", "safety"]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("\n".join(json.dumps(row) for row in (good, good | {"rejected": "yes"})))
+    with pytest.raises(UserError, match="row 2: `chosen` and `rejected` are the same"):
+        reward_bench.pairs(compose("eval", [f"eval.reward_bench={bad}"]))
+    with pytest.raises(UserError, match="cannot be read"):
+        reward_bench.pairs(compose("eval", [f"eval.reward_bench={tmp_path}/none.jsonl"]))
+    assert reward_bench.pairs(compose("eval")) == []
+
+
+def test_a_benchmark_that_lm_eval_does_not_have_is_told():
+    with pytest.raises(UserError, match="no task qqq"):
+        benchmarks.tasks(compose("eval", ["eval.benchmarks=[qqq]"]))
+    assert benchmarks.tasks(compose("eval")) is None
