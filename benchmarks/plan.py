@@ -135,35 +135,47 @@ def rows(other: str | None) -> Iterator[Row]:
 def make(folder: Path) -> None:
     """Models with random weights, a tokenizer of words, and data of known lengths."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    words = {word: i for i, word in enumerate(("<pad>", "<eos>", "<unk>", "the", "a"))}
-    wordwise = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    wordwise.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     for name, shape in SHAPES.items():
         ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
         config = AutoConfig.for_model(
             "qwen3" if name == QWEN else "llama", tie_word_embeddings=name == QWEN, **shape, **ids
         )
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
-        PreTrainedTokenizerFast(tokenizer_object=wordwise, **tokens).save_pretrained(folder / name)
-    (folder / "reward.py").write_text("def length(completions, **kwargs):\n    return [len(c) for c in completions]\n")
+        write_tokenizer(folder / name)
     for length in {row.length for row in rows("another")} | {256}:
-        answer = length // 4
-        made: dict[str, list[dict[str, str]]] = {f"sft{length}": [], f"preferences{length}": []}
-        made[f"prompts{length - answer}"] = []
-        for i in range(40):
-            words_of_prompt = ["the"] * (length - answer - i % 2)  # every batch has a longest row, and padding
-            words_of_prompt[i + 1] = "a"  # no two are the same
-            prompt = {"prompt": " ".join(words_of_prompt)}
-            whole, cut = (" " + " ".join(["the"] * n) for n in (answer - 1, answer - 5))
-            made[f"sft{length}"].append(prompt | {"completion": whole})
-            made[f"preferences{length}"].append(prompt | {"chosen": whole, "rejected": cut})
-            made[f"prompts{length - answer}"].append(prompt)
-        for name, of_part in made.items():
-            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_part))
+        write_data(folder, length, length // 4)
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of five words, `<pad>` is 0 and `<eos>` is 1."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(("<pad>", "<eos>", "<unk>", "the", "a"))}
+    wordwise = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    wordwise.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=wordwise, **tokens).save_pretrained(folder)
+
+
+def write_data(folder: Path, length: int, answer: int, number: int = 40) -> None:
+    """Rows of at most `length` tokens, the last of them an answer's, for every stage; and a reward function."""
+    (folder / "reward.py").write_text("def length(completions, **kwargs):\n    return [len(c) for c in completions]\n")
+    made: dict[str, list[dict[str, str]]] = {f"sft{length}": [], f"preferences{length}": []}
+    made[f"prompts{length - answer}"] = []
+    for i in range(number):
+        words_of_prompt = ["the"] * (length - answer - i % 2)  # every batch has a longest row, and padding
+        for place, digit in enumerate(f"{i + 1:b}"[::-1]):  # no two are the same
+            words_of_prompt[place + 1] = "a" if digit == "1" else "the"
+        prompt = {"prompt": " ".join(words_of_prompt)}
+        whole, cut = (" " + " ".join(["the"] * n) for n in (answer - 1, answer - 5))
+        made[f"sft{length}"].append(prompt | {"completion": whole})
+        made[f"preferences{length}"].append(prompt | {"chosen": whole, "rejected": cut})
+        made[f"prompts{length - answer}"].append(prompt)
+    for name, of_part in made.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_part))
 
 
 def anonymous(process: int | str = "self") -> int:

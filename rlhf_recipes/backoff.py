@@ -141,16 +141,33 @@ def in_chunks(rows: int, size: int, compute: Callable[[slice], Any]) -> tuple[li
     """
     done: list[Any] = []
     start = 0
+
+    def next_slice(size: int) -> Any:
+        return compute(slice(start, start + size))
+
     while start < rows:
+        part, size = until_it_fits(rows, size, next_slice)
+        done.append(part)
+        start += size
+    return done, size
+
+
+def until_it_fits(rows: int, size: int, compute: Callable[[int], Any]) -> tuple[Any, int]:
+    """`compute(size)`, of at most `rows` at once, with `size` halved whenever the GPU's memory is too small for it.
+
+    Returns:
+        What it gave, and the size that fitted.
+
+    Raises:
+        UserError: one row alone is too much.
+    """
+    while True:
         try:
-            done.append(compute(slice(start, start + size)))
-            start += size
-            continue
-        except torch.OutOfMemoryError as error:
+            return compute(size), size
+        except (torch.OutOfMemoryError, MemoryError) as error:
             reason = str(error).partition(". ")[0]
         if size == 1:
             raise UserError(f"out of GPU memory with one sequence at a time ({reason}). {ADVICE}")
         size = min(size, rows) // 2
         logger.warning("out of GPU memory (%s): going on with %d sequences at once", reason, size)
         torch.cuda.empty_cache()
-    return done, size

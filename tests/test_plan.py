@@ -16,7 +16,7 @@ from rlhf_recipes.config import CONF, compose
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.plan.command import Asked, advice, parse, with_overrides
 from rlhf_recipes.plan.dry_run import dry_run, without_data
-from rlhf_recipes.plan.overrides import overrides_that_fit
+from rlhf_recipes.plan.overrides import _moves, overrides_that_fit
 from rlhf_recipes.plan.passes import Passes
 from rlhf_recipes.plan.shapes import PRESETS, model_config
 from rlhf_recipes.plan.stages import base_dtype, phases, plan, training_arguments
@@ -173,11 +173,11 @@ def test_a_pass_takes_what_autograd_really_keeps(tiny_llama):
 
 def test_few_layers_drawn_out_say_what_the_whole_depth_says(text, episodes):
     for stage, more in (("dpo", [*text, "training.gradient_checkpointing=true"]), ("ppo", episodes)):
-        cfg = compose(stage, [*more, "trunk=0.6", "quantization=nf4"])
+        cfg = compose(stage, [*more, "trunk=0.56", "frozen_top=0.23", "quantization=nf4"])
         dtype = base_dtype(cfg, "cuda")
         args = training_arguments(stage, cfg, dtype)
         for phase in ("training",) if stage == "dpo" else ("policy pass", "rollouts, last token"):
-            whole = Passes(stage, cfg, args, dtype, "cuda", PROMPT, below=5, above=4).measure([phase])[phase]
+            whole = Passes(stage, cfg, args, dtype, "cuda", PROMPT, below=5, above=2, top=2).measure([phase])[phase]
             [found] = phases(stage, cfg, prompt_length=PROMPT, only=phase)
             drawn_out = sum(found.parts[part] for part in ("activations", "logits", "cache"))
             assert drawn_out == pytest.approx(sum(whole.values()), rel=0.02)
@@ -207,6 +207,27 @@ def test_a_higher_trunk_trains_less_and_keeps_fewer_activations(ppo):
     for part, share in (("activations", 0.4), ("gradients", 0.25), ("optimizer", 0.25), ("adapters", 0.7)):
         assert high.parts[part] < share * low.parts[part], part
     assert ppo("trunk=0").parts["trunk"] == 0 < high.parts["trunk"] == low.parts["trunk"]
+
+
+def test_layers_frozen_on_top_train_nothing_and_keep_what_their_input_needs(ppo):
+    """Gradients run through them to the window below; their adapters are not those of the reference."""
+    window, upper, none = ppo("trunk=0.34", "frozen_top=0.34"), ppo("trunk=0.67"), ppo("trunk=0.34")
+    for part in ("gradients", "optimizer"):
+        assert window.parts[part] == upper.parts[part] == pytest.approx(none.parts[part] / 2), part
+    assert window.parts["adapters"] == none.parts["adapters"] > upper.parts["adapters"]
+    assert upper.parts["activations"] < window.parts["activations"] < none.parts["activations"]
+
+
+def test_no_trunk_is_advised_that_leaves_no_layer_to_train(episodes):
+    cfg = compose("ppo", [*episodes, "trunk=0.25", "frozen_top=0.5", "quantization=nf4"])
+    args = training_arguments("ppo", cfg, torch.bfloat16)
+    assert all("trunk" not in move for move in _moves("ppo", "policy pass", cfg, args, kept_too_much=True))
+
+
+def test_the_trunk_is_there_but_while_sequences_are_generated(ppo):
+    states = 128 * (PROMPT + 16) * 256 * 2  # episodes, tokens, hidden size, bytes
+    for phase, copies in {"rollouts, last token": 0, "scoring": 1, "policy pass": 1}.items():
+        assert ppo(only=phase).parts["trunk"] == copies * states
 
 
 def test_the_cache_is_that_of_all_sequences_that_are_generated_at_once(ppo):

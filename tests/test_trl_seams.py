@@ -14,9 +14,12 @@ import pytest
 import torch
 import trl.trainer.utils
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousMixin
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer
+from trl.generation.vllm_generation import VLLMGeneration
 
 from rlhf_recipes import PPOTrainer
 from rlhf_recipes.ppo import trainer as ppo_module
@@ -57,18 +60,23 @@ METHODS = {
 
 # Attributes that PPOTrainer reads, and the class whose source sets them.
 ATTRIBUTES = {
+    "_buffered_inputs": GRPOTrainer,
     "_entropy_bonus_enabled": GRPOTrainer,
     "_logs": GRPOTrainer,
     "_metrics": GRPOTrainer,
     "_step": GRPOTrainer,
     "_tokenizer": GRPOTrainer,
+    "continuous_batching_config": GRPOTrainer,
     "eos_token_ids": GRPOTrainer,
+    "generation_config": GRPOTrainer,
     "num_iterations": GRPOTrainer,
     "pad_to_multiple_of": GRPOTrainer,
     "reward_func_names": GRPOTrainer,
     "reward_weights": GRPOTrainer,
     "temperature": GRPOTrainer,
+    "use_transformers_continuous_batching": GRPOTrainer,
     "use_vllm": GRPOTrainer,
+    "vllm_generation": GRPOTrainer,
     "accelerator": Trainer,
     "args": Trainer,
     "control": Trainer,
@@ -93,6 +101,16 @@ FUNCTIONS = {
     trl.trainer.utils.split_tensor_dict: "tensor_dict num_chunks",
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model: "module params_and_buffers_to_ignore",
     PreTrainedModel.enable_input_require_grads: "self",
+    ContinuousMixin.init_continuous_batching: "self generation_config continuous_batching_config workload_hints",
+    ContinuousBatchingManager.warmup: "self",
+    ContinuousBatchingManager.add_requests: "self inputs max_new_tokens",
+    ContinuousBatchingManager.start: "self",
+    ContinuousBatchingManager.is_running: "self",
+    ContinuousBatchingManager.get_result: "self request_id timeout",
+    ContinuousBatchingManager.stop: "self block",
+    ContinuousBatchingManager.destroy: "self",
+    VLLMGeneration._iter_named_params: "self",  # merged weights, in place of TRL's
+    BaseTunerLayer.get_base_layer: "self",
     PreTrainedModel.disable_input_require_grads: "self",
 }
 

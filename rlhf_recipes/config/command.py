@@ -114,7 +114,7 @@ def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -
 
 def _checked(recipe: str, overrides: Sequence[str], *, multirun: bool) -> tuple[list[str], dict[str, Any]]:
     """The overrides as Hydra is to see them, and the values of the (first) job by full key."""
-    accepted, faults = _rewritten(overrides, multirun=multirun)
+    accepted, faults = _rewritten(recipe, overrides, multirun=multirun)
     first: dict[str, Any] = {}
     with hydra.initialize_config_dir(str(CONF), version_base=VERSION_BASE):
         for job in itertools.product(*accepted.values()):
@@ -134,7 +134,7 @@ def _checked(recipe: str, overrides: Sequence[str], *, multirun: bool) -> tuple[
     return list(accepted), first
 
 
-def _rewritten(overrides: Sequence[str], *, multirun: bool) -> tuple[dict[str, list[str]], list[str]]:
+def _rewritten(recipe: str, overrides: Sequence[str], *, multirun: bool) -> tuple[dict[str, list[str]], list[str]]:
     """Each override as Hydra is to see it with its alternatives in a sweep, and the faults of those that cannot be.
 
     Hydra wants `++` before a key that conf/ does not hold, and advises it for every typo. Here each key gets its `++`,
@@ -156,6 +156,8 @@ def _rewritten(overrides: Sequence[str], *, multirun: bool) -> tuple[dict[str, l
         swept = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
         if swept and not multirun:
             faults.append(f"{text}: more than one value; add -m to try each, or brackets to mean a list: {key}=[...]")
+        elif key in options.PPO_GROUPS and recipe != "ppo":
+            faults.append(f"{text}: {key} is of ppo, not of {recipe}: give it in PPO_ARGS, not in ARGS")
         elif choices and not isinstance(override.value(), dict):
             chosen = swept or [str(override.value())] if override.value() else []
             wrong = [f"{key}={choice}: {_no_choice(key, choice)}" for choice in chosen if choice not in choices]

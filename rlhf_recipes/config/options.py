@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from omegaconf import MISSING
@@ -21,8 +22,16 @@ TRAINING = {
 RECIPES = TRAINING | {"eval": "transformers.TrainingArguments"}  # what one ARGS says of training, eval leaves alone
 
 READS = {"sft": "sft", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}  # which part of `data`
-OWN = {"ppo": ("reward",), "eval": ("eval", "judge")}  # sections that one recipe alone has
-GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "judge", "experiment")
+GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "rollouts", "judge", "experiment")
+SECTIONS = ("reward", "eval", "judge")  # of the config, that only some recipes have
+ONLY = {
+    "reward": ("ppo",),
+    "rollouts": ("ppo",),
+    "eval": ("eval",),
+    "judge": ("eval",),
+}  # which have a section or group
+
+VLLM_IS_MISSING = "vLLM is not installed: .venv/bin/pip install 'trl[vllm]' -c constraints.txt (or rollouts=generate)"
 
 
 @dataclass
@@ -225,7 +234,7 @@ def sections(recipe: str) -> dict[str, Mapping[str, schema.Option]]:
         "": f"{__name__}.Common",
         "model": f"{__name__}.Model",
         "data": f"{__name__}.Data",
-        **{section: f"{__name__}.{section.title()}" for section in OWN.get(recipe, ())},
+        **{section: f"{__name__}.{section.title()}" for section in SECTIONS if recipe in ONLY[section]},
         "evaluation": f"{__name__}.Evaluation",
         "quantization": "transformers.BitsAndBytesConfig",
         "lora": "peft.LoraConfig",
@@ -251,8 +260,7 @@ def ours(section: str) -> bool:
 
 def groups(recipe: str) -> list[str]:
     """The config groups of a recipe."""
-    foreign = {section for other, own in OWN.items() if other != recipe for section in own}
-    return [group for group in GROUPS if group not in foreign]
+    return [group for group in GROUPS if recipe in ONLY.get(group, (recipe,))]
 
 
 def required(recipe: str) -> list[str]:
@@ -292,8 +300,7 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
             found.append(f"{key}: only with 8 bits; add quantization=int8")
     if values.get("training.fp16") and values.get("training.bf16"):
         found.append("training.fp16 and training.bf16 exclude each other")
-    if values.get("training.use_vllm") and (four_bits or eight_bits):
-        found.append("training.use_vllm: vLLM cannot take the packed weights of a quantized base; quantization=none")
+    found += _rollout_conflicts(values, quantized=four_bits or eight_bits)
     if not 0 <= values.get("trunk", 0) < 1:
         found.append(f"trunk={values['trunk']}: at least 0 and below 1")
     elif not 0 <= values.get("frozen_top", 0) < 1 - values.get("trunk", 0):
@@ -305,6 +312,21 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
         found.append(
             "evaluation.prompts=0: PPO has no held-out prompts to score while it trains; add training.eval_strategy=no "
             "training.load_best_model_at_end=false"
+        )
+    return found
+
+
+def _rollout_conflicts(values: Mapping[str, Any], *, quantized: bool) -> list[str]:
+    found = []
+    if values.get("training.use_vllm") and quantized:
+        found.append("training.use_vllm: vLLM cannot take the packed weights of a quantized base; quantization=none")
+    if values.get("training.use_vllm") and find_spec("vllm") is None:
+        found.append(f"training.use_vllm: {VLLM_IS_MISSING}")
+    attention = str(values.get("model.attn_implementation") or "sdpa")
+    paged = attention in ("sdpa", "eager", "paged|eager") or "flash" in attention
+    if values.get("training.use_transformers_continuous_batching") and not paged:
+        found.append(
+            f"model.attn_implementation={attention}: continuous batching needs sdpa, eager or flash_attention_2"
         )
     return found
 

@@ -39,7 +39,7 @@ def _moves(stage: str, phase: str, cfg: DictConfig, args: Any, *, kept_too_much:
             yield {"training.gradient_checkpointing": "true"}
     if not cfg.quantization.get("load_in_4bit"):
         yield {"quantization": "nf4"}
-    if stage != "sft" and cfg.trunk < 0.75:
+    if stage != "sft" and cfg.trunk < 0.75 < 1 - cfg.frozen_top:
         yield {"trunk": 0.75}
     length = "max_completion_length" if stage == "ppo" else "max_length"
     if getattr(args, length) > 64 and not kept_too_much:

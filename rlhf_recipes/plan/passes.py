@@ -28,7 +28,7 @@ def adapters(stage: str, cfg: DictConfig) -> list[str]:
 
 
 class Passes:
-    """A stage's passes, one method each, over a base of `below` trunk layers and `above` others.
+    """A stage's passes, one method each, over `below` layers of trunk, `above` trained ones and `top` frozen ones.
 
     Args:
         args: the stage's training arguments.
@@ -47,6 +47,7 @@ class Passes:
         prompt_length: int,
         below: int,
         above: int,
+        top: int = 0,
     ) -> None:
         self.stage, self.cfg, self.args, self.dtype, self.device = stage, cfg, args, dtype, device
         self.prompt_length = prompt_length
@@ -54,7 +55,7 @@ class Passes:
         config = model_config(cfg.model)
         self.hidden, vocabulary = config.get_text_config().hidden_size, config.get_text_config().vocab_size
         self.wide = frozenset({vocabulary, vocabulary % TILE, TILE})
-        self.model = skeleton(cfg, config, dtype, below + above, classifier=stage == "rm")
+        self.model = skeleton(cfg, config, dtype, below + above + top, classifier=stage == "rm")
         with torch.device("meta"):
             self.roles = Roles(self.model, trunk=0)
             for adapter in adapters(stage, cfg)[1:]:
@@ -62,6 +63,7 @@ class Passes:
             if stage == "ppo":
                 self.roles.add_head(VALUE)
         self.roles.frozen_layers, self.roles.trunk_layers = below, below if stage == "ppo" else 0
+        self.roles.frozen_top = self.roles.layers[below + above :]
         self.meter: Meter
 
     def measure(self, names: Container[str] | None = None) -> dict[str, dict[str, int]]:

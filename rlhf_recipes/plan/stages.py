@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -36,9 +36,6 @@ OPTIMIZERS = {
     "sgd": 0.0,
 }
 ADAMW = 8.0
-
-TRUNK_COPIES = {"scoring": 2}
-"""Rollout batches whose trunk states exist at once; TRL holds the last one until the next is scored. Else 1."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,8 @@ def phases(
 ) -> Sequence[Plan]:
     """The peak of each phase of a stage, or of one.
 
-    Memory is a straight line in the layers of the trunk and in those above it, so that models of few layers, one of
-    them with one more here or there, tell it of any number.
+    Memory is a straight line in the layers of the trunk, in the trained ones and in the frozen ones on top, so that
+    models of few layers, one of them with one more here or there, tell it of any number.
 
     Raises:
         UserError: the model's shape cannot be found, or no length is set.
@@ -84,35 +81,43 @@ def phases(
     args = training_arguments(stage, cfg, dtype)
     text = model_config(cfg.model).get_text_config()
     layers = text.num_hidden_layers
-    frozen = 0 if stage == "sft" else int(cfg.trunk * layers)
-    kept = _kept(stage, cfg, args, dtype, frozen)
-    below, above = min(frozen, 1), 2
+    frozen, frozen_top = (0 if stage == "sft" else int(share * layers) for share in (cfg.trunk, cfg.frozen_top))
+    kept = _kept(stage, cfg, args, dtype, range(frozen), range(layers - frozen_top, layers))
+    below, above, top = min(frozen, 1), 2, min(frozen_top, 1)
 
-    def measure(below: int, above: int, names: Sequence[str] | None, stage: str = stage) -> dict[str, dict[str, int]]:
-        return Passes(stage, cfg, args, dtype, device, prompt_length, below, above).measure(names)
+    def measure(
+        names: Sequence[str] | None, stage: str = stage, *, below: int = below, above: int = above, top: int = top
+    ) -> dict[str, dict[str, int]]:
+        return Passes(stage, cfg, args, dtype, device, prompt_length, below, above, top).measure(names)
 
-    few = measure(below, above, [only] if only else None)
+    few = measure([only] if only else None)
     if stage == "rm":  # its samples come from a policy, loaded when the trainer is gone
-        few |= measure(below, above, [phase for phase in few if generates(phase)], "sft")
+        few |= measure([phase for phase in few if generates(phase)], "sft")
     passes = [phase for phase in few if not generates(phase)]
-    one_above = measure(below, above + 1, passes) if passes else {}
+    one_above = measure(passes, above=above + 1) if passes else {}
     held_below = "training" in few and frozen > below and args.gradient_checkpointing  # each checkpoint holds its input
-    one_below = measure(below + 1, above, ["training"]) if held_below else {}
+    one_below = measure(["training"], below=below + 1) if held_below else {}
+    one_on_top = measure(passes, top=top + 1) if passes and frozen_top > top else {}
+    beyond = (
+        (one_above, layers - frozen - frozen_top - above),
+        (one_below, frozen - below),
+        (one_on_top, frozen_top - top),
+    )
     found = []
     for phase, taken in few.items():
         drawn_out = Counter(taken)
         if generates(phase):
-            drawn_out["cache"] += taken.get("cache", 0) * (layers - below - above) // (below + above)
-        for longer, beyond in ((one_above, layers - frozen - above), (one_below, frozen - below)):
+            drawn_out["cache"] += taken.get("cache", 0) * (layers - below - above - top) // (below + above + top)
+        for longer, more in beyond:
             if phase in longer:
-                drawn_out.update({part: (longer[phase].get(part, 0) - n) * beyond for part, n in taken.items()})
+                drawn_out.update({part: (longer[phase].get(part, 0) - n) * more for part, n in taken.items()})
         parts = dict.fromkeys(PARTS, 0) | kept | {part: max(size, 0) for part, size in drawn_out.items()}
         if stage == "rm" and generates(phase):
             weights, adapter = _sizes(cfg, dtype)
             parts |= {"weights": weights, "adapters": 2 * sum(adapter.values()), "gradients": 0, "optimizer": 0}
-        if stage == "ppo" and frozen:
+        if stage == "ppo" and frozen and not generates(phase):  # PPOTrainer lets go of it before the next rollouts
             tokens = args.generation_batch_size * (prompt_length + args.max_completion_length)
-            parts["trunk"] = TRUNK_COPIES.get(phase, 1) * tokens * text.hidden_size * dtype.itemsize
+            parts["trunk"] = tokens * text.hidden_size * dtype.itemsize
         found.append(Plan(stage, phase, parts))
     return found
 
@@ -133,7 +138,7 @@ def training_arguments(stage: str, cfg: DictConfig, dtype: torch.dtype) -> Any:
     Raises:
         UserError: as in the recipe, or there is no longest sequence to plan for.
     """
-    own = {"trunk": cfg.trunk} if stage == "ppo" else {}
+    own = {"trunk": cfg.trunk, "frozen_top": cfg.frozen_top} if stage == "ppo" else {}
     precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": True}
     args = build(CONFIGS[stage], cfg.training, output_dir=cfg.runs_dir, **own, **precision)
     if stage != "ppo" and args.max_length is None:
@@ -141,13 +146,20 @@ def training_arguments(stage: str, cfg: DictConfig, dtype: torch.dtype) -> Any:
     return args
 
 
-def _kept(stage: str, cfg: DictConfig, args: Any, dtype: torch.dtype, frozen: int) -> dict[str, int]:
+def _kept(
+    stage: str, cfg: DictConfig, args: Any, dtype: torch.dtype, trunk: Iterable[int], top: Iterable[int]
+) -> dict[str, int]:
     """Bytes that are there all the time: the base, all adapters, and gradients and states of what is trained."""
     weights, adapter = _sizes(cfg, dtype, classifier=stage == "rm")
-    trunk = tuple(f".layers.{i}." for i in range(frozen))
-    whole, trained = sum(adapter.values()), sum(n for name, n in adapter.items() if not any(t in name for t in trunk))
+
+    def inside(layers: Iterable[int]) -> int:
+        names = tuple(f".layers.{i}." for i in layers)
+        return sum(size for name, size in adapter.items() if any(layer in name for layer in names))
+
+    whole, shared = sum(adapter.values()), inside(trunk)
     others = len(adapters(stage, cfg)) - 1
-    of_all = whole + others * (trained if stage == "ppo" else whole)  # PPO's roles share the tensors of the trunk
+    of_all = whole + others * (whole - shared * (stage == "ppo"))  # PPO's roles share the tensors of the trunk
+    trained = whole - shared - inside(top)
     trained *= 2 if stage == "ppo" and not args.freeze_value else 1
     optimizer = next((size for name, size in OPTIMIZERS.items() if str(args.optim.value).startswith(name)), ADAMW)
     return {

@@ -1,9 +1,12 @@
 """Arguments of PPO: TRL's GRPOConfig with PPO's own added, and what means nothing in PPO refused."""
 
 from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any
 
 from trl import GRPOConfig
+
+from rlhf_recipes.config.options import VLLM_IS_MISSING
 
 _REFUSED = {
     "scale_rewards": "advantages come from a critic, not from groups; see whiten_advantages and whiten_rewards",
@@ -14,7 +17,6 @@ _REFUSED = {
     "off_policy_mask_threshold": "use target_kl",
     "use_bias_correction_kl": "the KL penalty is part of the reward; see kl_estimator",
     "sync_ref_model": "the reference is the SFT model throughout",
-    "use_transformers_continuous_batching": "it casts the float32 adapters to bf16 while it generates",
     "use_liger_kernel": "it replaces the model's forward, which the shared trunk relies on",
 }
 
@@ -142,7 +144,8 @@ class PPOConfig(GRPOConfig):
     rollout_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Sequences generated at once. Lower: a smaller cache, slower. None: all of the rollout batch."
+            "help": "Sequences generated at once. Lower: a smaller cache, slower. None: all of the rollout batch. vLLM "
+            "decides it by itself (vllm_gpu_memory_utilization)."
         },
     )
 
@@ -209,4 +212,10 @@ def _faults(args: PPOConfig) -> list[str]:
     found += [f"{name}={getattr(args, name)!r} must be {rule}" for name, (holds, rule) in rules.items() if not holds]
     if args.kl_target is not None and args.beta == 0:
         found.append("kl_target needs a beta above 0 to start from: an adaptive coefficient only scales it")
+    if args.use_vllm and find_spec("vllm") is None:
+        found.append(f"use_vllm=True: {VLLM_IS_MISSING}")
+    if args.use_transformers_continuous_batching and args.use_vllm:
+        found.append("use_vllm and use_transformers_continuous_batching exclude each other")
+    if args.use_transformers_continuous_batching and args.repetition_penalty != 1:
+        found.append("repetition_penalty is left out by continuous batching, in silence; rollouts=generate knows it")
     return found

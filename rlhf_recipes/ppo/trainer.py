@@ -5,6 +5,7 @@ penalty in the reward, the critic and its advantages, the reward and value adapt
 """
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from rlhf_recipes.backoff import back_off, in_chunks
+from rlhf_recipes.backoff import back_off, in_chunks, until_it_fits
 from rlhf_recipes.data.formats import render
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.ppo.advantages import (
@@ -37,6 +38,7 @@ from rlhf_recipes.ppo.advantages import (
     token_rewards,
     whiten,
 )
+from rlhf_recipes.ppo.backends import continuous_batching, merged_weights
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rollout import Rollout
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles
@@ -129,6 +131,8 @@ class PPOTrainer(GRPOTrainer):
             **kwargs,
         )
         args.beta = beta
+        if args.use_vllm:
+            self.vllm_generation._iter_named_params = functools.partial(merged_weights, self.model)
         if args.top_p < 1 or args.top_k > 0 or args.min_p:
             logger.warning(
                 "top_p, top_k or min_p cut the distribution that completions are sampled from, but the policy is "
@@ -193,12 +197,20 @@ class PPOTrainer(GRPOTrainer):
         with self._timed("generate"):
             if self.use_vllm or images or multimodal_fields:
                 return generate(prompt_ids, images, multimodal_fields, *args, **kwargs)
-            size = self._rollout_batch_size or len(prompt_ids)
-            chunks, fitted = in_chunks(
-                len(prompt_ids), size, lambda rows: generate(prompt_ids[rows], None, {}, *args, **kwargs)[0]
-            )
-        self._rollout_batch_size = None if fitted >= len(prompt_ids) else fitted
-        return [completion for chunk in chunks for completion in chunk], None
+            rows = len(prompt_ids)
+            size = self._rollout_batch_size or rows
+            if self.use_transformers_continuous_batching:
+                settings = self.generation_config, self.continuous_batching_config
+                completions, fitted = until_it_fits(
+                    rows, size, lambda size: continuous_batching(self.model, prompt_ids, *settings, size)
+                )
+            else:
+                chunks, fitted = in_chunks(
+                    rows, size, lambda chunk: generate(prompt_ids[chunk], None, {}, *args, **kwargs)[0]
+                )
+                completions = list(itertools.chain(*chunks))
+        self._rollout_batch_size = None if fitted >= rows else fitted
+        return completions, None
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         generated = super()._generate(prompts)
@@ -389,6 +401,8 @@ class PPOTrainer(GRPOTrainer):
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and (self._step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0:
+            self._buffered_inputs = None  # was the last of the rollout batch: its trunk is not kept through the next
         # a micro-batch comes as lists of one: see Rollout.split
         return {name: x[0] if isinstance(x, list) else x for name, x in inputs.items() if name != "micro_batch"}
 
