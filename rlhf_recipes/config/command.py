@@ -156,8 +156,8 @@ def _rewritten(recipe: str, overrides: Sequence[str], *, multirun: bool) -> tupl
         swept = list(override.sweep_string_iterator()) if override.is_sweep_override() else []
         if swept and not multirun:
             faults.append(f"{text}: more than one value; add -m to try each, or brackets to mean a list: {key}=[...]")
-        elif key in options.PPO_GROUPS and recipe != "ppo":
-            faults.append(f"{text}: {key} is of ppo, not of {recipe}: give it in PPO_ARGS, not in ARGS")
+        elif key in options.GROUPS and key not in options.groups(recipe):
+            faults.append(f"{text}: {options.belongs(key, options.ONLY[key], recipe)}")
         elif choices and not isinstance(override.value(), dict):
             chosen = swept or [str(override.value())] if override.value() else []
             wrong = [f"{key}={choice}: {_no_choice(key, choice)}" for choice in chosen if choice not in choices]

@@ -4,7 +4,7 @@ import difflib
 import functools
 import shutil
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -24,12 +24,8 @@ RECIPES = TRAINING | {"eval": "transformers.TrainingArguments"}  # what one ARGS
 READS = {"sft": "sft", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}  # which part of `data`
 GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "rollouts", "judge", "experiment")
 SECTIONS = ("reward", "eval", "judge")  # of the config, that only some recipes have
-ONLY = {
-    "reward": ("ppo",),
-    "rollouts": ("ppo",),
-    "eval": ("eval",),
-    "judge": ("eval",),
-}  # which have a section or group
+ONLY = {"reward": ("ppo",), "rollouts": ("ppo",), "eval": ("eval",), "judge": ("eval",)}
+"""The recipes of a section or group that not all have."""
 
 VLLM_IS_MISSING = "vLLM is not installed: .venv/bin/pip install 'trl[vllm]' -c constraints.txt (or rollouts=generate)"
 
@@ -272,12 +268,18 @@ def _section(key: str) -> str:
     return key.rpartition(".")[0]
 
 
+def belongs(key: str, others: Sequence[str], recipe: str) -> str:
+    """Why an option or a group of other recipes is refused in this one."""
+    kind = "a group" if key in GROUPS else "an option"
+    targets = ", ".join(f"{other.upper()}_ARGS" for other in others)
+    return f"{kind} of {' and '.join(others)}, not of {recipe}: give it in {targets}, not in ARGS"
+
+
 def unknown(recipe: str, key: str) -> str:
     """Why a key is refused, with the nearest valid one."""
     elsewhere = [other for other in RECIPES if key in options(other) or key in sections(other)]
     if elsewhere:
-        targets = ", ".join(f"{other.upper()}_ARGS" for other in elsewhere)
-        return f"an option of {' and '.join(elsewhere)}, not of {recipe}: give it in {targets}, not in ARGS"
+        return belongs(key, elsewhere, recipe)
     known = [*options(recipe), *GROUPS]
     leaf = key.rpartition(".")[2]
     same = [other for other in known if other.rpartition(".")[2] == leaf]
