@@ -24,7 +24,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     from rlhf_recipes.backoff import back_off
     from rlhf_recipes.roles import POLICY, REFERENCE
 
-    args = build(DPOConfig, cfg.training, output_dir=stage.checkpoints_dir, seed=cfg.seed, **models.precision(cfg))
+    args = build(DPOConfig, cfg.training, **stage.arguments, **models.precision(cfg))
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
     terminal.say(data.check_lengths(rows.train, tokenizer, "dpo", args.max_length))
     policy = models.load_policy(cfg, stage.adapter("sft"))

@@ -25,7 +25,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     from rlhf_recipes.roles import POLICY, REFERENCE
 
     layers = {"trunk": cfg.trunk, "frozen_top": cfg.frozen_top}
-    set_here = {"output_dir": stage.checkpoints_dir, "seed": cfg.seed, "reward_weights": reward.weights}
+    set_here = stage.arguments | {"reward_weights": reward.weights}
     args = build(PPOConfig, cfg.training, **layers, **set_here, **models.precision(cfg))
     data.check_batch(len(rows.train), args.generation_batch_size)
     tokenizer = models.load_tokenizer(cfg.model, rows.train)

@@ -21,7 +21,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     from rlhf_recipes import models, reward_model
     from rlhf_recipes.backoff import back_off
 
-    args = build(RewardConfig, cfg.training, output_dir=stage.checkpoints_dir, seed=cfg.seed, **models.precision(cfg))
+    args = build(RewardConfig, cfg.training, **stage.arguments, **models.precision(cfg))
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
     pairs, heldout = (reward_model.tokenize(part, tokenizer) for part in (rows.train, rows.test))
     terminal.say(data.check_lengths(pairs, tokenizer, "rm", args.max_length))

@@ -27,6 +27,7 @@ SECTIONS = ("reward", "eval", "judge")  # of the config, that only some recipes 
 ONLY = {"reward": ("ppo",), "rollouts": ("ppo",), "eval": ("eval",), "judge": ("eval",)}
 """The recipes of a section or group that not all have."""
 
+DASHBOARDS = ("tensorboard", "trackio", "wandb")
 VLLM_IS_MISSING = "vLLM is not installed: .venv/bin/pip install 'trl[vllm]' -c constraints.txt (or rollouts=generate)"
 
 
@@ -303,6 +304,10 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
     if values.get("training.fp16") and values.get("training.bf16"):
         found.append("training.fp16 and training.bf16 exclude each other")
     found += _rollout_conflicts(values, quantized=four_bits or eight_bits)
+    chosen = values.get("training.report_to") or []
+    for dashboard in [chosen] if isinstance(chosen, str) else chosen:
+        if dashboard in DASHBOARDS and find_spec(dashboard) is None:
+            found.append(f"training.report_to={dashboard}: it is not installed: .venv/bin/pip install {dashboard}")
     if not 0 <= values.get("trunk", 0) < 1:
         found.append(f"trunk={values['trunk']}: at least 0 and below 1")
     elif not 0 <= values.get("frozen_top", 0) < 1 - values.get("trunk", 0):

@@ -176,6 +176,17 @@ class Stage:
         """Where the trainer keeps its checkpoints (its `output_dir`)."""
         return self.path / CHECKPOINTS
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a stage says to its trainer's arguments: where to write, the seed, and its name on a dashboard."""
+        where = "/".join(self.path.parts[-2 if self.path.name == self.name else -3 :])
+        return {
+            "output_dir": self.checkpoints_dir,
+            "seed": self.manifest["seed"],
+            "run_name": where,
+            "project": "rlhf-recipes",
+        }
+
     def adapter(self, name: str) -> Path | None:
         """The folder of the adapter that a predecessor made; None if the stage was opened without that predecessor."""
         return self.predecessors[name].path if name in self.predecessors else None
