@@ -1,0 +1,78 @@
+"""Curves of each stage over its steps, from the log history in its newest checkpoint."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from rlhf_recipes.report import plots
+from rlhf_recipes.report.content import Block, Plot, Plots, Text
+from rlhf_recipes.report.palette import hue, step
+from rlhf_recipes.report.reading import Run, Trained, finite
+
+# What is drawn: title, unit, and the log's name for it; held-out figures have the same names after `eval_`.
+CURVES = (
+    ("Loss", "", "loss"),
+    ("Reward", "", "reward"),
+    ("Reward less the KL penalty", "", "reward_with_kl"),
+    ("Objective: reward less beta x KL", "", "objective"),
+    ("KL to the reference", "nats per answer", "kl"),
+    ("KL coefficient", "", "kl_coef"),
+    ("Entropy", "nats per token", "entropy"),
+    ("Completion length", "tokens", "completions/mean_length"),
+    ("Answers that end", "share", "eos_share"),
+    ("Right next tokens", "share", "mean_token_accuracy"),
+    ("Pairs in the right order", "share", "accuracy"),
+    ("Pairs in the right order", "share", "rewards/accuracies"),
+    ("Margin, chosen less rejected", "", "margin"),
+    ("Margin, chosen less rejected", "", "rewards/margins"),
+    ("Value loss", "", "value_loss"),
+    ("Explained variance", "share", "explained_variance"),
+    ("Clipped tokens", "share", "clip_ratio/region_mean"),
+    ("Learning rate", "", "learning_rate"),
+    ("Gradient norm", "", "grad_norm"),
+)
+NOISY = 30
+"""Points beyond which a running mean is drawn over the values themselves."""
+
+
+def curves(run: Run) -> list[Block]:
+    """Small plots for each stage; the jobs of a sweep are drawn into the same ones."""
+    blocks: list[Block] = []
+    for stage, grouped in groupby((trained for trained in run.stages if trained.log), lambda trained: trained.stage):
+        jobs = list(grouped)
+        drawn = [plot for title, unit, key in CURVES if (plot := _plot(jobs, title, unit, key))]
+        if drawn:
+            steps = max(row["step"] for job in jobs for row in job.log)
+            blocks += [Text(f"{steps:,} optimizer steps.", stage), Plots(drawn)]
+    if blocks:
+        blocks.insert(0, Text("Solid: training, smoothed over the single values. Dashed: held-out prompts or rows."))
+    return blocks
+
+
+def _plot(jobs: list[Trained], title: str, unit: str, key: str) -> Plot | None:
+    found = []
+    sweep = [job.name for job in jobs if "/" in job.name]
+    for job in jobs:
+        colour = step(sweep.index(job.name), len(sweep)) if job.name in sweep else hue(job.name)
+        label = (job.name.partition("/")[2] or job.name) if len(jobs) > 1 else ""
+        xs, ys = _points(job, key)
+        if len(xs) > NOISY:
+            if len(jobs) == 1:
+                found.append(plots.Line("", colour, xs, ys, faint=True))
+            ys = plots.smooth(ys)
+        if xs:
+            found.append(plots.Line(label, colour, xs, ys))
+        xs, held = _points(job, f"eval_{key}")
+        if xs:
+            found.append(plots.Line("" if ys else label, colour, xs, held, dashed=True, marker="o"))
+    if not found or all(len(line.x) < 2 for line in found):
+        return None
+    name = f"{jobs[0].stage}-{key}"
+    svg = plots.lines(name, found, x="step", y=unit, title=title, width=plots.SMALL, height=1.95 + 0.16 * len(sweep))
+    return Plot(svg, f"{title} of {jobs[0].stage} by step", plots.SMALL)
+
+
+def _points(job: Trained, key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a figure, where the log has it."""
+    values = {row["step"]: value for row in job.log if (value := finite(row.get(key))) is not None}
+    return [float(step) for step in values], [*values.values()]
