@@ -35,11 +35,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture as SVG, and what it shows in words; `width` in inches is what it was drawn for."""
+    """A picture as SVG under its title, with a few words on it; many `small` ones go side by side."""
 
     svg: str
-    caption: str
-    width: float
+    title: str
+    caption: str = ""
+    small: bool = False
 
 
 @dataclass(frozen=True)

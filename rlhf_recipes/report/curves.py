@@ -55,24 +55,22 @@ def _plot(jobs: list[Trained], title: str, unit: str, key: str) -> Plot | None:
     for job in jobs:
         colour = step(sweep.index(job.name), len(sweep)) if job.name in sweep else hue(job.name)
         label = (job.name.partition("/")[2] or job.name) if len(jobs) > 1 else ""
-        xs, ys = _points(job, key)
-        if len(xs) > NOISY:
+        trained, heldout = _points(job, key), _points(job, f"eval_{key}")
+        if len(trained) > NOISY:
             if len(jobs) == 1:
-                found.append(plots.Line("", colour, xs, ys, faint=True))
-            ys = plots.smooth(ys)
-        if xs:
-            found.append(plots.Line(label, colour, xs, ys))
-        xs, held = _points(job, f"eval_{key}")
-        if xs:
-            found.append(plots.Line("" if ys else label, colour, xs, held, dashed=True, marker="o"))
-    if not found or all(len(line.x) < 2 for line in found):
+                found.append(plots.Line("", colour, trained, faint=True))
+            trained = plots.smooth(trained)
+        if trained:
+            found.append(plots.Line(label, colour, trained))
+        if heldout:
+            found.append(plots.Line("" if trained else label, colour, heldout, dashed=True, marker="o"))
+    if all(len(line.points) < 2 for line in found):
         return None
     name = f"{jobs[0].stage}-{key}"
-    svg = plots.lines(name, found, x="step", y=unit, title=title, width=plots.SMALL, height=1.95 + 0.16 * len(sweep))
-    return Plot(svg, f"{title} of {jobs[0].stage} by step", plots.SMALL)
+    return Plot(plots.lines(name, found, x="step", y="", small=True), title, unit, small=True)
 
 
-def _points(job: Trained, key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a figure, where the log has it."""
+def _points(job: Trained, key: str) -> list[plots.Point]:
+    """The values of a figure by step, where the log has it."""
     values = {row["step"]: value for row in job.log if (value := finite(row.get(key))) is not None}
-    return [float(step) for step in values], [*values.values()]
+    return [(float(at), value, None) for at, value in values.items()]

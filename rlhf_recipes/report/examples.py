@@ -11,6 +11,7 @@ from rlhf_recipes.report.content import Answer, Block, Comparison, Samples, Text
 from rlhf_recipes.report.palette import hue
 from rlhf_recipes.report.reading import Run, finite
 
+ORDER = ("other", "base", "rm", "sft", "dpo", "ppo")
 BEST, WORST, RANDOM = 3, 3, 6
 LONGEST = 2000
 """Characters of a text that are shown."""
@@ -21,19 +22,13 @@ def samples(run: Run) -> list[Block]:
     rows = _evaluated(run.samples) if run.samples else _of_stages(run)
     if not rows:
         return []
-    policies = list(dict.fromkeys(policy for row in rows for policy in row["completions"]))
-    last = max(
-        policies,
-        key=lambda name: (
-            ["base", "sft", "dpo", "ppo"].index(hue(name)) if hue(name) in ("base", "sft", "dpo", "ppo") else 9,
-            name,
-        ),
-    )
+    policies = dict.fromkeys(policy for row in rows for policy in row["completions"])
+    last = max(policies, key=lambda policy: ORDER.index(hue(policy)))
     chosen = _chosen(rows, last)
-    scored = any(label != "random" for _, label in chosen)
-    text = f"{len(chosen)} of {len(rows):,} prompts, drawn at random."
-    if scored:
-        text = f"{len(chosen)} of {len(rows):,} prompts: those where the reward of {last} is highest and lowest, and some drawn at random."
+    which = "drawn at random"
+    if len({label for _, label in chosen}) > 1:
+        which = f"those where the reward of {last} is highest and lowest, and some drawn at random"
+    text = f"{len(chosen)} of {len(rows):,} prompts: {which}."
     return [Text(text), Samples([_comparison(row, label) for row, label in chosen])]
 
 

@@ -16,6 +16,7 @@ from rlhf_recipes.report.palette import hue, step
 from rlhf_recipes.report.reading import Run, finite, interval
 
 MARKERS = "osD^vP"
+SCORES = {"reward": "Reward", "gold": "Gold score"}
 
 
 def evaluation(run: Run) -> list[Block]:
@@ -56,8 +57,7 @@ def win_rates(found: Sequence[Mapping[str, Any]], baseline: object) -> list[Bloc
     if marks:
         both = ("all answers", "length-controlled") if any(mark.second for mark in marks) else None
         svg = plots.forest("win-rates", [_hundredfold(mark) for mark in marks], x="wins, %", reference=50, legend=both)
-        caption = "Win rates with 95% intervals; the dashed line is a draw"
-        blocks.append(Plots([Plot(svg, caption, plots.WIDE)]))
+        blocks.append(Plots([Plot(svg, "Win rates", "With 95% intervals; the dashed line is a draw.")]))
     return blocks
 
 
@@ -85,54 +85,38 @@ def _hundredfold(mark: plots.Mark) -> plots.Mark:
 
 
 def best_of_n(found: Mapping[str, Any]) -> list[Block]:
-    """What the best of n answers of the start scores, beside the policies, which move as far in KL."""
+    """What the best of n answers scores, beside the trained policies: the same improvement by search, and its KL."""
     tried = found.get("best_of_n") or []
-    if not tried:
+    scores = [name for name in SCORES if any(interval(one.get(name)) for one in tried)]
+    if not scores:
         return []
-    measures = [name for name in ("reward", "gold") if any(interval(one.get(name)) for one in tried)]
     rows = [
-        Row(
-            [
-                f"best of {one.get('n', '?')}",
-                number(finite(one.get("kl_bound"))),
-                *(number(one.get(m)) for m in measures),
-            ]
-        )
+        Row([f"best of {one.get('n', '?')}", fixed(one.get("kl_bound")), *(number(one.get(score)) for score in scores)])
         for one in tried
     ]
-    policies = {
-        name: {key: interval(values.get(key)) for key in ("KL to SFT", *measures)}
-        for name, values in (found.get("policies") or {}).items()
-        if hue(name) in ("dpo", "ppo")
-    }
+    policies = {name: values for name, values in (found.get("policies") or {}).items() if hue(name) in ("dpo", "ppo")}
     for name, values in policies.items():
-        rows.append(Row([name, *(number(values[key]) for key in ("KL to SFT", *measures))], hue(name)))
+        rows.append(Row([name, *(number(values.get(key)) for key in ("KL to SFT", *scores))], hue(name)))
     drawn = []
-    for name in measures:
-        points = [
-            (at, *value)
-            for one in tried
-            if (at := finite(one.get("kl_bound"))) is not None and (value := interval(one.get(name)))
-        ]
-        lines = [plots.Line("best of n", "base", *_columns(points), marker="s")] if points else []
-        for policy, values in policies.items():
-            at, value = values["KL to SFT"], values[name]
-            if at and value:
-                lines.append(plots.Line(policy, hue(policy), [at[0]], [value[0]], [value[1]], marker="o"))
-        title = {"reward": "Reward", "gold": "Gold score"}[name]
-        svg = plots.lines(
-            f"best-of-n-{name}", lines, x="KL to SFT, nats per answer (best of n: bound)", y=name, title=title
-        )
-        drawn.append(Plot(svg, f"{title} of the best of n answers and of the policies, by KL", plots.WIDE))
+    for score in scores:
+        lines = []
+        if points := [point for one in tried if (point := _point(one.get("kl_bound"), one.get(score)))]:
+            lines.append(plots.Line("best of n", "base", points, marker="s"))
+        for name, values in policies.items():
+            moved = interval(values.get("KL to SFT"))
+            if moved and (point := _point(moved[0], values.get(score))):
+                lines.append(plots.Line(name, hue(name), [point], marker="o"))
+        svg = plots.lines(f"best-of-n-{score}", lines, x="KL to SFT, nats per answer", y=score)
+        drawn.append(Plot(svg, f"{SCORES[score]} by KL", "With 95% intervals; the KL of the best of n is its bound."))
     note = "The KL of the best of n is at most ln n - (n - 1)/n; that of a policy is measured."
-    columns = ["", "KL, nats", *measures]
-    return [Text("", "Best of n beside the policies"), Table(columns, rows, note=note), Plots(drawn)]
+    heading = Text("", "Best of n beside the policies")
+    return [heading, Table(["", "KL, nats", *scores], rows, note=note), Plots(drawn)]
 
 
-def _columns(
-    points: Sequence[tuple[float, float, float | None]],
-) -> tuple[list[float], list[float], list[float | None]]:
-    return [p[0] for p in points], [p[1] for p in points], [p[2] for p in points]
+def _point(x: object, y: object) -> plots.Point | None:
+    """Where a mean lies, and half of its interval."""
+    at, value = finite(x), interval(y)
+    return None if at is None or value is None else (at, *value)
 
 
 # ---- the reward model
@@ -152,17 +136,14 @@ def reward_model(found: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Text("", "Reward model"), *([table] if table.rows else [])]
     by_category = found.get("categories") or {}
     drawn = []
-    points = [
-        (x, y, finite(one.get("pairs")) or 0.0)
-        for one in found.get("reliability") or []
-        if (x := finite(one.get("confidence"))) is not None and (y := finite(one.get("accuracy"))) is not None
-    ]
+    bins = found.get("reliability") or []
+    points = [point for one in bins if (point := _point(one.get("confidence"), [one.get("accuracy"), None]))]
     if points:
-        line = plots.Line("", "rm", [x for x, _, _ in points], [y for _, y, _ in points], marker="o")
-        titles = {"x": "confidence of the reward model", "y": "share that is right", "title": "Reliability"}
-        svg = plots.lines("reliability", [line], **titles, diagonal=True)
-        pairs = f", {sum(n for _, _, n in points):,.0f} pairs" if any(n for _, _, n in points) else ""
-        drawn.append(Plot(svg, f"Reliability: on the dotted line, confidence is accuracy{pairs}", plots.WIDE))
+        line = plots.Line("", "rm", points, marker="o")
+        svg = plots.lines("reliability", [line], x="confidence", y="share in the right order", diagonal=True)
+        pairs = sum(finite(one.get("pairs")) or 0 for one in bins)
+        counted = f" {pairs:,.0f} pairs." if pairs else ""
+        drawn.append(Plot(svg, "Reliability", f"On the dotted line, confidence is accuracy.{counted}"))
     marks = []
     for name, values in by_category.items():
         if known := interval(values.get("accuracy")):
@@ -170,7 +151,7 @@ def reward_model(found: Mapping[str, Any]) -> list[Block]:
             marks.append(plots.Mark(name, "rm", mean, mean - half, mean + half))
     if marks:
         svg = plots.forest("categories", marks, x="accuracy", reference=0.5)
-        drawn.append(Plot(svg, "Accuracy by category with 95% intervals; the dashed line is chance", plots.WIDE))
+        drawn.append(Plot(svg, "Accuracy by category", "With 95% intervals; the dashed line is chance."))
     if by_category:
         cells = [[name, number(v.get("accuracy")), number(v.get("pairs"))] for name, v in by_category.items()]
         blocks.append(Table(["category", "accuracy", "pairs"], [Row(line, "rm") for line in cells]))
@@ -199,7 +180,7 @@ def benchmarks(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Blo
             base, comma, kind = metric.partition(",")
             error = finite(values.get(f"{base}_stderr{comma}{kind}"))
             value = finite(values.get(metric))
-            cells.append(number((value, 1.96 * error) if error is not None and value is not None else value))
+            cells.append(number((value, 1.96 * error)) if error and value is not None else fixed(value, 3))
         rows.append(Row([task, metric, *cells]))
     return [Text("", "Benchmarks"), Table(["task", "metric", *found], rows, left=2)] if rows else []
 
@@ -219,37 +200,26 @@ def overoptimization(run: Run) -> list[Block]:
         return []
     paths = {beta: _path([point for point in points if point["beta"] == beta]) for beta in betas}
     drawn = []
-    for name, title in (("reward", "Training reward"), ("gold", "Gold score")):
+    for score, title in SCORES.items():
         lines = []
         for index, (beta, path) in enumerate(paths.items()):
-            known = [(point["kl"] ** 0.5, point[name]) for point in path if point[name] is not None]
+            known = [(point["kl"] ** 0.5, point[score], None) for point in path if point[score] is not None]
             if known:
-                xs, ys = zip(*known, strict=True)
-                lines.append(plots.Line(f"beta {beta:g}", step(index, len(betas)), xs, ys, marker=MARKERS[index % 6]))
+                colour, marker = step(index, len(betas)), MARKERS[index % len(MARKERS)]
+                lines.append(plots.Line(f"beta {beta:g}", colour, known, marker=marker))
         if lines:
-            svg = plots.lines(
-                f"overoptimization-{name}",
-                lines,
-                x="square root of the KL to SFT, nats per answer",
-                y=title.lower(),
-                title=title,
-            )
-            drawn.append(Plot(svg, f"{title} against the square root of the KL, by beta", plots.WIDE))
+            svg = plots.lines(f"overoptimization-{score}", lines, x="square root of the KL to SFT in nats", y=score)
+            drawn.append(Plot(svg, title, "By the distance from where the policy began; means over seeds."))
     rows = []
     for index, (beta, path) in enumerate(paths.items()):
-        last = path[-1]
-        best = max(
-            (point for point in path if point["gold"] is not None), key=lambda point: point["gold"], default=None
-        )
+        last, rated = path[-1], [point for point in path if point["gold"] is not None]
+        best = max(rated, key=lambda point: point["gold"], default={})
         seeds = {point["seed"] for point in points if point["beta"] == beta}
-        cells = [f"{beta:g}", number(len(seeds)), *(number(last[key]) for key in ("kl", "reward", "gold"))]
-        cells += [number(best["gold"]), number(best["kl"])] if best else ["-", "-"]
-        rows.append(Row(cells, step(index, len(betas))))
+        cells = [f"{beta:g}", number(len(seeds)), *(fixed(last[key]) for key in ("kl", "reward", "gold"))]
+        rows.append(Row([*cells, fixed(best.get("gold")), fixed(best.get("kl"))], step(index, len(betas))))
     columns = ["beta", "seeds", "KL at the end", "reward", "gold", "highest gold", "at KL"]
-    text = (
-        "The policy moves to the right as it is trained. Where the reward goes on rising and the gold score falls, it "
-    )
-    text += "has learned to please the reward model instead of being right."
+    text = "The policy moves to the right as it is trained. Where the reward goes on rising and the gold score falls, "
+    text += "it has learned to please the reward model instead of being right."
     return [Text(text), *([Plots(drawn)] if drawn else []), Table(columns, rows, note="Means over seeds.")]
 
 
@@ -264,3 +234,9 @@ def _path(points: Sequence[dict[str, float | None]]) -> list[dict[str, Any]]:
             means[key] = fmean(known) if known else None
         path.append(means)
     return path
+
+
+def fixed(value: object, places: int = 2) -> str:
+    """A number with as many decimals as the others of its column; a dash for none."""
+    known = finite(value)
+    return "-" if known is None else f"{known:,.{places}f}"

@@ -20,15 +20,17 @@ SMALL, WIDE = 3.0, 4.2
 """Inches; text is of one size in both, and a telephone is about as wide as the wide one."""
 
 
+Point = tuple[float, float, float | None]
+"""x, y, and half of y's 95% interval where it has one."""
+
+
 @dataclass(frozen=True)
 class Line:
-    """Points to be joined: a curve, or with `half` (of the 95% interval) some measured means."""
+    """Points to be joined."""
 
     label: str
     hue: str
-    x: Sequence[float]
-    y: Sequence[float]
-    half: Sequence[float | None] | None = None
+    points: Sequence[Point]
     dashed: bool = False
     faint: bool = False
     marker: str = ""
@@ -53,38 +55,35 @@ def lines(
     *,
     x: str,
     y: str,
-    title: str = "",
-    width: float = WIDE,
-    height: float = 2.7,
+    small: bool = False,
     diagonal: bool = False,
-    zero: bool = False,
 ) -> str:
     """Lines over a common axis, their legend below it; `diagonal` is where both axes agree."""
-    with _figure(name, width, height) as (figure, axes, svg):
+    named = sum(bool(line.label) for line in drawn)
+    width, height = (SMALL, 1.75 + 0.17 * named) if small else (WIDE, 2.6)
+    with _figure(name, width, height, margins=small and not named) as (figure, axes, svg):
         for line in drawn:
-            xs, ys = _thin(line.x, line.y) if line.half is None else (line.x, line.y)
+            points = _thin(line.points)
+            xs, ys, halves = zip(*points, strict=True)
             style: dict[str, Any] = {
                 "color": COLOURS[line.hue][0],
                 "linestyle": "--" if line.dashed else "-",
-                "linewidth": 0.8 if line.faint else 1.6,
+                "linewidth": 0.8 if line.faint else 1.4,
                 "alpha": 0.4 if line.faint else 1,
-                "marker": line.marker or ("o" if len(xs) == 1 else None),
-                "markersize": 3.6,
+                "marker": line.marker or ("o" if len(points) == 1 else None),
+                "markersize": 3.2,
                 "label": line.label or "_",
             }
-            if line.half is None:
-                axes.plot(xs, ys, **style)
+            if any(halves):
+                axes.errorbar(xs, ys, yerr=[half or 0.0 for half in halves], elinewidth=1, capsize=2, **style)
             else:
-                bars = [half or 0.0 for half in line.half]
-                axes.errorbar(xs, ys, yerr=bars, elinewidth=1, capsize=2, **style)
+                axes.plot(xs, ys, **style)
         if diagonal:
-            axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle=":", label="_")
-        if zero:
-            axes.axhline(0, color=FAINT, linewidth=0.8)
+            values = [value for line in drawn for point in line.points for value in point[:2]]
+            ends = [min(values), max(values)]
+            axes.plot(ends, ends, color=FAINT, linewidth=0.8, linestyle=":", label="_")
         axes.set(xlabel=x, ylabel=y)
-        axes.margins(x=0.02)
-        if title:
-            axes.set_title(title, loc="left")
+        axes.margins(x=0.03)
         _legend(figure, axes, width)
     return svg[0]
 
@@ -127,18 +126,18 @@ def forest(
     return svg[0]
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """A running mean over a fifteenth of the values to either side, fewer at the ends."""
-    reach = max(len(values) // 30, 1)
-    windows = (values[max(i - reach, 0) : i + reach + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """A running mean over a thirtieth of the points to either side, fewer at the ends."""
+    reach = max(len(points) // 30, 1)
+    windows = (points[max(i - reach, 0) : i + reach + 1] for i in range(len(points)))
+    means = [sum(y for _, y, _ in window) / len(window) for window in windows]
+    return [(x, mean, None) for (x, _, _), mean in zip(points, means, strict=True)]
 
 
-def _thin(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+def _thin(points: Sequence[Point]) -> list[Point]:
     """At most about `POINTS` of the points, evenly spread, the last one among them."""
-    every = -(-len(xs) // POINTS)
-    kept = sorted({*range(0, len(xs), every), len(xs) - 1}) if xs else []
-    return [xs[i] for i in kept], [ys[i] for i in kept]
+    every = -(-len(points) // POINTS)
+    return [points[i] for i in sorted({*range(0, len(points), every), len(points) - 1})]
 
 
 def _legend(figure: Any, axes: Any, width: float) -> None:
@@ -150,19 +149,21 @@ def _legend(figure: Any, axes: Any, width: float) -> None:
 
 
 @contextmanager
-def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Any, list[str]]]:
-    """A figure with one pair of axes in the report's style; its SVG is in the list when the block ends."""
+def _figure(name: str, width: float, height: float, *, margins: bool = False) -> Iterator[tuple[Any, Any, list[str]]]:
+    """A figure with one pair of axes in the report's style; its SVG is in the list when the block ends.
+
+    With `margins`, in inches the same for every figure, the axes of small ones stand below each other; without, they
+    are as wide as text and legend leave room for.
+    """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": name,  # the same drawing, the same SVG; and no two drawings share an id
         "font.size": 8.5,
         "font.family": "DejaVu Sans",
-        "axes.titlesize": 9.5,
-        "axes.titleweight": "bold",
-        "axes.labelsize": 8.5,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -181,19 +182,15 @@ def _figure(name: str, width: float, height: float) -> Iterator[tuple[Any, Any, 
     }
     svg: list[str] = []
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
+        if margins:
+            figure.subplots_adjust(0.46 / width, 0.42 / height, 1 - 0.08 / width, 1 - 0.16 / height)
         axes = figure.add_subplot()
         yield figure, axes, svg
-        axes.xaxis.set_major_locator(_ticks())
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg.append(_inlined(written.getvalue()))
-
-
-def _ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])
 
 
 def _inlined(svg: str) -> str:

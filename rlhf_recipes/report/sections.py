@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
 from rlhf_recipes.config.options import TRAINING
 from rlhf_recipes.figures import duration, number
@@ -38,10 +37,9 @@ MEASURES = {
     "reward": "reward",
     "KL to SFT": "KL to SFT, nats",
     "length": "length, tokens",
-    "EOS": "ended, share",
+    "EOS": "ended by EOS, share",
 }
 """Measures to be seen first, and how they are called here."""
-SHIFTED = "its difference prompt by prompt, with the 95% interval"
 
 
 @dataclass(frozen=True)
@@ -123,20 +121,23 @@ def policies(run: Run) -> dict[str, dict[str, Interval]]:
 
 
 def tiles(run: Run) -> list[Tiles]:
-    """The last policy of the run, and what its training changed."""
+    """The last policy of the run, and what its training changed, prompt by prompt."""
     changed = [stage for stage in run.finished if "/" not in stage.name and stage.metrics.get("change")]
     if not changed:
         return []
     last = changed[-1]
-    before, after = [*last.policies().items()][0], last.policies()[last.name]
-    change = intervals(last.metrics["change"])
+    change, found = intervals(last.metrics["change"]), last.policies()
+    start = next(iter(found))
     made = []
-    for name in ("gold", "reward", "KL to SFT", "length"):
-        if name in after and name in before[1] and name in change:
-            sign = "+" if change[name][0] >= 0 else ""
-            was = f"{before[0]} {number(before[1][name][0])}" if name != "KL to SFT" else "nats per answer"
-            moved = f", {sign}{number(change[name])}" if name != "KL to SFT" else ""
-            made.append(Tile(f"{last.name}: {MEASURES[name].partition(',')[0]}", number(after[name][0]), was + moved))
+    for name, label in MEASURES.items():
+        if name == "EOS" or any(name not in of for of in (change, found[start], found[last.name])):
+            continue
+        value, was = number(found[last.name][name][0]), number(found[start][name][0])
+        note = f"{start} {was}, {'+' if change[name][0] >= 0 else ''}{number(change[name])}"
+        if name != "KL to SFT":
+            made.append(Tile(f"{last.name}: {label}", value, note))
+        elif start == "sft":  # what it is a divergence from
+            made.append(Tile(f"{last.name}: KL to SFT", value, "nats per answer"))
     return [Tiles(made, hue(last.name))] if made else []
 
 
@@ -160,8 +161,8 @@ def _by_policy(name: str, found: Mapping[str, Mapping[str, Interval]]) -> Plot:
         if name in values:
             mean, half = values[name]
             marks.append(plots.Mark(policy, hue(policy), mean, mean - (half or 0), mean + (half or 0)))
-    caption = f"{MEASURES[name].capitalize()} by policy on held-out prompts, with 95% intervals"
-    return Plot(plots.forest(f"by-policy-{name}", marks, x=MEASURES[name]), caption, plots.WIDE)
+    title, caption = f"{MEASURES[name].capitalize()} by policy", "On held-out prompts, with 95% intervals."
+    return Plot(plots.forest(f"by-policy-{name}", marks, x=MEASURES[name]), title, caption)
 
 
 # ---- where it comes from
@@ -211,13 +212,14 @@ def _warnings(run: Run, stage: Trained) -> list[str]:
 
 
 def versions(run: Run) -> list[Block]:
-    """The packages that made the stages: one column where all were made by the same ones."""
+    """The packages that made the stages: a line where all were made by the same ones, a column for each else."""
     by_stage = {s.name: {"python": s.manifest.get("python")} | s.manifest.get("versions", {}) for s in run.finished}
     packages = list(dict.fromkeys(package for found in by_stage.values() for package in found))
-    same = all(found == by_stage[run.finished[0].name] for found in by_stage.values())
-    columns = {"version": by_stage[run.finished[0].name]} if same else by_stage
-    rows = [Row([package, *(str(found.get(package) or "-") for found in columns.values())]) for package in packages]
-    return [Text("", "Versions"), Table(["package", *columns], rows)]
+    first = by_stage[run.finished[0].name]
+    if all(found == first for found in by_stage.values()):
+        return [Text(", ".join(f"{package} {of}" for package, of in first.items() if of) + ".", "Versions")]
+    rows = [Row([package, *(str(found.get(package) or "-") for found in by_stage.values())]) for package in packages]
+    return [Text("", "Versions"), Table(["package", *by_stage], rows)]
 
 
 def base(run: Run) -> str:
