@@ -14,17 +14,25 @@ from pathlib import Path
 
 from rlhf_recipes import terminal
 from rlhf_recipes.config import plain_errors
+from rlhf_recipes.errors import UserError
 from rlhf_recipes.report import Run, html, markdown, report
 from rlhf_recipes.report.command import parse
 from rlhf_recipes.runs import disk
 
 
 def write(run: Path) -> list[Path]:
-    """Write the report of the run in a folder beside its stages; returns the files."""
+    """Write the report of a run, given by its folder, beside its stages; returns the files.
+
+    Raises:
+        UserError: no such run, no finished stage in it, or the files cannot be written.
+    """
     said = report(Run.read(run))
     files = {run / "report.html": html(said), run / "report.md": markdown(said)}
     for file, text in files.items():
-        disk.write(file, text)
+        try:
+            disk.write(file, text)
+        except OSError as error:
+            raise disk.disk_fault(error, file) or UserError(f"Cannot write {file}: {error.strerror}.") from error
     for fault in said.faults:
         terminal.say(f"note: {fault}")
     return [*files]

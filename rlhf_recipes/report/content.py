@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `heading` stands above it where it begins something."""
+    """A paragraph; `heading` stands above it where it begins something, `hue` names the colour of that."""
 
     text: str
     heading: str = ""
+    hue: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Samples:
     """Answers side by side; the page folds away those beyond the first `open`."""
 
     comparisons: Sequence[Comparison]
-    open: int = 4
+    open: int = 6
 
 
 Block = Text | Table | Plots | Tiles | Lineage | Commands | Samples

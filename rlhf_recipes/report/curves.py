@@ -43,7 +43,7 @@ def curves(run: Run) -> list[Block]:
         drawn = [plot for title, unit, key in CURVES if (plot := _plot(jobs, title, unit, key))]
         if drawn:
             steps = max(row["step"] for job in jobs for row in job.log)
-            blocks += [Text(f"{steps:,} optimizer steps.", stage), Plots(drawn)]
+            blocks += [Text(f"{steps:,} optimizer steps.", stage, hue(stage)), Plots(drawn)]
     if blocks:
         blocks.insert(0, Text("Solid: training, smoothed over the single values. Dashed: held-out prompts or rows."))
     return blocks

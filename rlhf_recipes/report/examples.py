@@ -12,7 +12,7 @@ from rlhf_recipes.report.palette import hue
 from rlhf_recipes.report.reading import Run, finite
 
 ORDER = ("other", "base", "rm", "sft", "dpo", "ppo")
-BEST, WORST, RANDOM = 3, 3, 6
+BEST, WORST, RANDOM = 2, 2, 6
 LONGEST = 2000
 """Characters of a text that are shown."""
 

@@ -13,6 +13,7 @@ from rlhf_recipes.report.content import (
     Commands,
     Lineage,
     Node,
+    Plots,
     Samples,
     Table,
     Text,
@@ -41,9 +42,9 @@ def markdown(report: Report) -> str:
     if report.faults:
         parts += ["**To know:**", "\n".join(f"- {_escaped(fault)}" for fault in report.faults)]
     for section in report.sections:
-        said = [text for block in section.blocks if (text := _said(block))]
-        if said:
-            parts += [f"## {section.title}", *said]
+        if all(isinstance(block, Text | Plots) for block in section.blocks):
+            continue  # words about plots
+        parts += [f"## {section.title}", *(text for block in section.blocks if (text := _said(block)))]
     return "\n\n".join([*parts, f"Made on {_today()} by RLHF Recipes."]) + "\n"
 
 
@@ -111,7 +112,7 @@ def _escaped(text: str) -> str:
 
 def _fenced(text: str, language: str = "text") -> str:
     """A block of text behind a fence that the text itself does not hold."""
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`+", text)), 3)
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])
     return f"{fence}{language}\n{text}\n{fence}"
 
 

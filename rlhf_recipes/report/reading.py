@@ -117,7 +117,7 @@ def _trained(run: Path, folder: Path, faults: list[str]) -> Trained | None:
     except (KeyError, TypeError, AttributeError) as error:
         faults.append(f"{folder / MANIFEST} is not of the known form ({error!r}).")
         return None
-    state = "being made" if disk.holder(folder / LOCK) else "finished" if status == "finished" else "unfinished"
+    state = "finished" if status == "finished" else "being made" if disk.holder(folder / LOCK) else "unfinished"
     if state != "finished":
         return Trained(name, folder, manifest, state, log=_log(folder, faults))
     metrics = _json(folder / "metrics.json", dict, faults, missing="is missing")

@@ -189,7 +189,7 @@ def _facts(stage: Trained) -> list[tuple[str, str]]:
     sources = {str(v): 0 for k, v in flat(manifest.get("data", {})).items() if k.endswith(("path", "name")) and v}
     memory = ", ".join(f"{mb:,} MB {kind}" for kind, mb in manifest.get("peak_memory", {}).items())
     facts = {
-        "figures": ", ".join(f"{name} {number(value)}" for name, value in figures.items()),
+        "figures": ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in figures.items()),
         "weights": manifest.get("fingerprint", ""),
         "made from": ", ".join(f"{name} {mark}" for name, mark in manifest.get("predecessors", {}).items()),
         "data": f"{', '.join(sources)} {disk.hash_value(manifest.get('data'))}",
@@ -261,7 +261,7 @@ def costs(run: Run) -> list[Block]:
 def commands(run: Run) -> list[Block]:
     """The commands that made the stages."""
     swept = any("/" in stage.name for stage in run.stages)
-    text = "In the set-up .venv, from the repository's folder; one click selects a line."
+    text = "In the set-up .venv, from the repository's folder."
     text += " A job of a sweep is shown with its own values; run alone, it becomes a stage." if swept else ""
     return [Text(text), Commands([command(stage.manifest) for stage in run.stages])]
 
