@@ -10,14 +10,15 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from rlhf_recipes.report.palette import COLOURS, FAINT, INK
 
 POINTS = 240
 """Points that a line keeps: more cannot be seen, and make a heavy page."""
-SMALL, WIDE = 3.0, 4.2
-"""Inches; text is of one size in both, and a telephone is about as wide as the wide one."""
+SMALL, WIDE = 2.2, 4.2
+"""Inches; text is of one size in both. A telephone is as wide as one of the wide ones, or two of the small ones."""
 
 
 Point = tuple[float, float, float | None]
@@ -60,7 +61,7 @@ def lines(
 ) -> str:
     """Lines over a common axis, their legend below it; `diagonal` is where both axes agree."""
     named = sum(bool(line.label) for line in drawn)
-    width, height = (SMALL, 1.75 + 0.17 * named) if small else (WIDE, 2.6)
+    width, height = (SMALL, 1.45 + 0.17 * named) if small else (WIDE, 2.6)
     with _figure(name, width, height, margins=small and not named) as (figure, axes, svg):
         for line in drawn:
             points = _thin(line.points)
@@ -128,9 +129,10 @@ def forest(
 
 def smooth(points: Sequence[Point]) -> list[Point]:
     """A running mean over a thirtieth of the points to either side, fewer at the ends."""
-    reach = max(len(points) // 30, 1)
-    windows = (points[max(i - reach, 0) : i + reach + 1] for i in range(len(points)))
-    means = [sum(y for _, y, _ in window) / len(window) for window in windows]
+    count, reach = len(points), max(len(points) // 30, 1)
+    sums = [0.0, *accumulate(y for _, y, _ in points)]
+    windows = [(max(i - reach, 0), min(i + reach + 1, count)) for i in range(count)]
+    means = [(sums[end] - sums[start]) / (end - start) for start, end in windows]
     return [(x, mean, None) for (x, _, _), mean in zip(points, means, strict=True)]
 
 
@@ -184,10 +186,10 @@ def _figure(name: str, width: float, height: float, *, margins: bool = False) ->
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
         if margins:
-            figure.subplots_adjust(0.46 / width, 0.42 / height, 1 - 0.08 / width, 1 - 0.16 / height)
+            figure.subplots_adjust(0.4 / width, 0.4 / height, 1 - 0.08 / width, 1 - 0.15 / height)
         axes = figure.add_subplot()
         yield figure, axes, svg
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=3 if width == SMALL else 5, steps=[1, 2, 2.5, 5, 10]))
         written = io.StringIO()
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg.append(_inlined(written.getvalue()))

@@ -37,7 +37,7 @@ MEASURES = {
     "reward": "reward",
     "KL to SFT": "KL to SFT, nats",
     "length": "length, tokens",
-    "EOS": "ended by EOS, share",
+    "EOS": "EOS, share",
 }
 """Measures to be seen first, and how they are called here."""
 
