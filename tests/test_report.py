@@ -171,16 +171,18 @@ def test_a_whole_run_has_every_section_and_no_fault(full):
 
 
 def test_sections_with_nothing_to_show_are_left_out(run):
-    text = markdown(report(Run.read(run)))
-    assert titles(report(Run.read(run))) == [h for h in HEADINGS if h != "Over-optimization"]
+    said = report(Run.read(run))
+    text = markdown(said)
+    assert titles(said) == [heading for heading in HEADINGS if heading != "Over-optimization"]
     assert "Win rates" not in text and "Best of n" not in text and "| sft | 0.69 ± 0.02 |" in text
+    assert "sft: gold score **0.69** (base 0.01, +0.68 ± 0.02)" in text
 
 
 def test_policies_have_the_figures_of_the_evaluation_where_it_measured_them(text):
     results = text.partition("## Results")[2].partition("\n## ")[0]
     assert "| ppo | 0.91 ± 0.02 | 0.95 ± 0.03 |" in results and "| dpo | 0.85 ± 0.02 | - |" in results
     assert "100 prompts, 4 completions each; base, dpo, " in results
-    assert "ppo: gold score **0.9** (sft 0.69, +0.21 ± 0.02)" in results
+    assert "ppo: gold score **0.91** (sft 0.70)" in results
 
 
 def test_a_judge_that_ppo_was_trained_to_please_is_no_evidence(full, text):

@@ -51,7 +51,7 @@ def win_rates(found: Sequence[Mapping[str, Any]], baseline: object) -> list[Bloc
             label = f"{cells[0]}, {duel.get('judge', '-')}" if len({d.get("judge") for d in found}) > 1 else cells[0]
             marks.append(plots.Mark(label, hue(cells[0]), *rates[0], second=rates[1], muted=not evidence))
     columns = ["policy", "against", "judge", "wins, %", "length-controlled, %", "ties, %", "prompts", "failed"]
-    note = "In brackets the 95% interval; a tie counts half."
+    note = "In brackets the 95% interval."
     if any(row.muted for row in rows):
         note += " No evidence (grey): PPO was trained to please this judge, so its wins do not show better answers."
     blocks: list[Block] = [Text("", "Win rates"), Table(columns, rows, left=3, note=note)]

@@ -79,7 +79,7 @@ def report(run: Run) -> Report:
     last = run.finished[-1].manifest
     facts = {
         "base": base(run),
-        "date": moment(max(str(stage.manifest["finished"]) for stage in run.finished)),
+        "date": f"{moment(max(str(stage.manifest['finished']) for stage in run.finished))} UTC",
         "device": str(last.get("device", "")),
         "stages": ", ".join(stage.name for stage in run.stages),
     }
@@ -104,8 +104,7 @@ def results(run: Run) -> list[Block]:
         note += f"; {', '.join(rest)} as measured at the end of the stage." if rest else "."
     blocks.append(measured(found, shown or [*dict.fromkeys(k for m in found.values() for k in m)], note))
     drawn = [name for name in ("gold", "reward") if sum(name in m for m in found.values()) > 1]
-    blocks.append(Plots([_by_policy(name, found) for name in drawn])) if drawn else None
-    return blocks
+    return [*blocks, *([Plots([_by_policy(name, found) for name in drawn])] if drawn else [])]
 
 
 def policies(run: Run) -> dict[str, dict[str, Interval]]:
@@ -121,19 +120,25 @@ def policies(run: Run) -> dict[str, dict[str, Interval]]:
 
 
 def tiles(run: Run) -> list[Tiles]:
-    """The last policy of the run, and what its training changed, prompt by prompt."""
+    """The last policy of the run beside the one it began as, and what changed prompt by prompt.
+
+    Where the evaluation measured them, its figures stand here as in the table, and the stage's change does not go
+    with them.
+    """
     changed = [stage for stage in run.finished if "/" not in stage.name and stage.metrics.get("change")]
     if not changed:
         return []
-    last = changed[-1]
-    change, found = intervals(last.metrics["change"]), last.policies()
-    start = next(iter(found))
+    last, found = changed[-1], policies(run)
+    start, evaluated = next(iter(last.policies())), run.evaluation.get("policies") or {}
+    change = {} if last.name in evaluated or start in evaluated else intervals(last.metrics["change"])
     made = []
     for name, label in MEASURES.items():
-        if name == "EOS" or any(name not in of for of in (change, found[start], found[last.name])):
+        if name == "EOS" or name not in found[last.name] or name not in found[start]:
             continue
-        value, was = number(found[last.name][name][0]), number(found[start][name][0])
-        note = f"{start} {was}, {'+' if change[name][0] >= 0 else ''}{number(change[name])}"
+        value, was = (number(found[policy][name]).partition(" ")[0] for policy in (last.name, start))
+        note = f"{start} {was}"
+        if name in change:
+            note += f", {'+' if change[name][0] >= 0 else ''}{number(change[name])}"
         if name != "KL to SFT":
             made.append(Tile(f"{last.name}: {label}", value, note))
         elif start == "sft":  # what it is a divergence from
