@@ -97,12 +97,12 @@ def config(folder, **more):
 
 
 def make(folder, name, *, metrics=None, log=(), answers=None, finished=True, overrides=("run=mine",), **more):
-    """A stage, through the class that the recipes use; `log` goes into a checkpoint."""
+    """A stage, through the class that the recipes use; `log` is its trainer's, so far as it came."""
     data = {"heldout": 0.1, "sources": [{"path": "world"}]}
     cfg = config(folder, **more)
     with Stage.open(cfg, name, predecessors=BEFORE[name], data_fingerprint=data, overrides=overrides) as stage:
         stage.check_base("b1")
-        if log:
+        if log and not finished:
             checkpoint = stage.checkpoints_dir / f"checkpoint-{log[-1]['step']}"
             checkpoint.mkdir(parents=True)
             state = {"global_step": log[-1]["step"], "log_history": log}
@@ -112,6 +112,7 @@ def make(folder, name, *, metrics=None, log=(), answers=None, finished=True, ove
             stage.finish(
                 METRICS[name] if metrics is None else metrics,
                 samples=SAMPLES.get(name, []) if answers is None else answers,
+                log=log,
             )
     return stage.path
 
@@ -235,7 +236,7 @@ def test_a_stage_that_lost_a_file_is_marked(run):
         ("sft/metrics.json", "{", "is damaged"),
         ("sft/samples.json", "[]", "holds a list, and a dict was expected"),
         ("rm/manifest.json", "{}", "is damaged"),
-        ("sft/checkpoints/checkpoint-40/trainer_state.json", "\x00", "is damaged"),
+        ("sft/log.jsonl", "{}\n\x00", "is damaged"),
         ("eval/metrics.json", "nonsense", "is damaged"),
         ("eval/samples.json", "{}", "holds a dict, and a list was expected"),
         ("overoptimization/metrics.json", "", "is damaged"),
@@ -332,8 +333,8 @@ def test_a_plot_takes_its_colours_and_font_from_the_page_and_is_drawn_the_same_e
 
 
 def test_a_long_line_is_thinned_to_what_can_be_seen_and_keeps_its_ends():
-    thin = plots._thin([(float(i), 0.0, None) for i in range(5001)])
-    assert len(thin) <= plots.POINTS + 2 and (thin[0][0], thin[-1][0]) == (0, 5000)
+    kept = plots._kept(5001)
+    assert len(kept) <= plots.POINTS + 2 and (kept[0], kept[-1]) == (0, 5000)
     assert plots.smooth([(0.0, 1.0, None), (1.0, 4.0, None), (2.0, 1.0, None)]) == [
         *((0.0, 2.5, None), (1.0, 2.0, None), (2.0, 2.5, None))
     ]

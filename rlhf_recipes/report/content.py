@@ -52,6 +52,13 @@ class Plots:
 
 
 @dataclass(frozen=True)
+class Key:
+    """Which colour is what in the plots below: names and their colours."""
+
+    entries: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Tile:
     """A figure to be seen first."""
 
@@ -121,7 +128,7 @@ class Samples:
     open: int = 6
 
 
-Block = Text | Table | Plots | Tiles | Lineage | Commands | Samples
+Block = Text | Table | Plots | Key | Tiles | Lineage | Commands | Samples
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Curves of each stage over its steps, from the log history in its newest checkpoint."""
+"""Curves of each stage over its steps, from what its trainer logged."""
 
 from __future__ import annotations
 
 from itertools import groupby
 
 from rlhf_recipes.report import plots
-from rlhf_recipes.report.content import Block, Plot, Plots, Text
+from rlhf_recipes.report.content import Block, Key, Plot, Plots, Text
 from rlhf_recipes.report.palette import hue, step
 from rlhf_recipes.report.reading import Run, Trained, finite
 
@@ -40,30 +40,29 @@ def curves(run: Run) -> list[Block]:
     blocks: list[Block] = []
     for stage, grouped in groupby((trained for trained in run.stages if trained.log), lambda trained: trained.stage):
         jobs = list(grouped)
-        drawn = [plot for title, unit, key in CURVES if (plot := _plot(jobs, title, unit, key))]
+        sweep = [job.name for job in jobs if "/" in job.name]
+        hues = {job.name: hue(job.name) for job in jobs} | {n: step(i, len(sweep)) for i, n in enumerate(sweep)}
+        drawn = [plot for title, unit, key in CURVES if (plot := _plot(jobs, hues, title, unit, key))]
         if drawn:
             steps = max(row["step"] for job in jobs for row in job.log)
-            blocks += [Text(f"{steps:,} optimizer steps.", stage, hue(stage)), Plots(drawn)]
+            blocks.append(Text(f"{steps:,} optimizer steps.", stage, hue(stage)))
+            blocks += [Key([*hues.items()])] if len(jobs) > 1 else []
+            blocks.append(Plots(drawn))
     if blocks:
         blocks.insert(0, Text("Solid: training, smoothed over the single values. Dashed: held-out prompts or rows."))
     return blocks
 
 
-def _plot(jobs: list[Trained], title: str, unit: str, key: str) -> Plot | None:
+def _plot(jobs: list[Trained], hues: dict[str, str], title: str, unit: str, key: str) -> Plot | None:
     found = []
-    sweep = [job.name for job in jobs if "/" in job.name]
     for job in jobs:
-        colour = step(sweep.index(job.name), len(sweep)) if job.name in sweep else hue(job.name)
-        label = (job.name.partition("/")[2] or job.name) if len(jobs) > 1 else ""
         trained, heldout = _points(job, key), _points(job, f"eval_{key}")
         if len(trained) > NOISY:
             if len(jobs) == 1:
-                found.append(plots.Line("", colour, trained, faint=True))
+                found.append(plots.Line("", hues[job.name], trained, faint=True))
             trained = plots.smooth(trained)
-        if trained:
-            found.append(plots.Line(label, colour, trained))
-        if heldout:
-            found.append(plots.Line("" if trained else label, colour, heldout, dashed=True, marker="o"))
+        found += [plots.Line("", hues[job.name], trained)] if trained else []
+        found += [plots.Line("", hues[job.name], heldout, dashed=True, marker="o")] if heldout else []
     if all(len(line.points) < 2 for line in found):
         return None
     name = f"{jobs[0].stage}-{key}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from rlhf_recipes.report.content import (
     Block,
     Commands,
+    Key,
     Lineage,
     Node,
     Plots,
@@ -42,7 +43,7 @@ def markdown(report: Report) -> str:
     if report.faults:
         parts += ["**To know:**", "\n".join(f"- {_escaped(fault)}" for fault in report.faults)]
     for section in report.sections:
-        if all(isinstance(block, Text | Plots) for block in section.blocks):
+        if all(isinstance(block, Text | Plots | Key) for block in section.blocks):
             continue  # words about plots
         parts += [f"## {section.title}", *(text for block in section.blocks if (text := _said(block)))]
     return "\n\n".join([*parts, f"Made on {_today()} by RLHF Recipes."]) + "\n"
@@ -50,7 +51,7 @@ def markdown(report: Report) -> str:
 
 @functools.singledispatch
 def _said(block: Block) -> str:
-    """A block as Markdown; plots have none."""
+    """A block as Markdown; plots and their keys have none."""
     return ""
 
 

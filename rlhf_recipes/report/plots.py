@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from statistics import fmean
 from typing import Any
 
 from rlhf_recipes.report.palette import COLOURS, FAINT, INK
@@ -60,11 +60,10 @@ def lines(
     diagonal: bool = False,
 ) -> str:
     """Lines over a common axis, their legend below it; `diagonal` is where both axes agree."""
-    named = sum(bool(line.label) for line in drawn)
-    width, height = (SMALL, 1.45 + 0.17 * named) if small else (WIDE, 2.6)
-    with _figure(name, width, height, margins=small and not named) as (figure, axes, svg):
+    width, height = (SMALL, 1.45) if small else (WIDE, 2.6)
+    with _figure(name, width, height, margins=small) as (figure, axes, svg):
         for line in drawn:
-            points = _thin(line.points)
+            points = [line.points[i] for i in _kept(len(line.points))]
             xs, ys, halves = zip(*points, strict=True)
             style: dict[str, Any] = {
                 "color": COLOURS[line.hue][0],
@@ -128,18 +127,15 @@ def forest(
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """A running mean over a thirtieth of the points to either side, fewer at the ends."""
-    count, reach = len(points), max(len(points) // 30, 1)
-    sums = [0.0, *accumulate(y for _, y, _ in points)]
-    windows = [(max(i - reach, 0), min(i + reach + 1, count)) for i in range(count)]
-    means = [(sums[end] - sums[start]) / (end - start) for start, end in windows]
-    return [(x, mean, None) for (x, _, _), mean in zip(points, means, strict=True)]
+    """A running mean over a thirtieth of the points to either side, fewer at the ends; thinned to what is drawn."""
+    reach = max(len(points) // 30, 1)
+    windows = {i: points[max(i - reach, 0) : i + reach + 1] for i in _kept(len(points))}
+    return [(points[i][0], fmean(y for _, y, _ in window), None) for i, window in windows.items()]
 
 
-def _thin(points: Sequence[Point]) -> list[Point]:
-    """At most about `POINTS` of the points, evenly spread, the last one among them."""
-    every = -(-len(points) // POINTS)
-    return [points[i] for i in sorted({*range(0, len(points), every), len(points) - 1})]
+def _kept(count: int) -> list[int]:
+    """Which of so many points are drawn: about `POINTS` at the most, evenly spread, the last one among them."""
+    return sorted({*range(0, count, -(-count // POINTS)), count - 1})
 
 
 def _legend(figure: Any, axes: Any, width: float) -> None:

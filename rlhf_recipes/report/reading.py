@@ -13,7 +13,7 @@ from rlhf_recipes.config.options import TRAINING
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.runs import disk
 from rlhf_recipes.runs.manifest import MANIFEST, damage, listed, read_manifest
-from rlhf_recipes.runs.stage import CHECKPOINTS, LOCK
+from rlhf_recipes.runs.stage import CHECKPOINTS, LOCK, LOG
 
 EVALUATION, OVEROPTIMIZATION = "eval", "overoptimization"
 
@@ -126,22 +126,25 @@ def _trained(run: Path, folder: Path, faults: list[str]) -> Trained | None:
 
 
 def _log(folder: Path, faults: list[str]) -> list[dict[str, Any]]:
-    """The log history in the newest checkpoint, which goes back to the first step also after a resume."""
+    """What the trainer logged: to the end in a finished stage, up to the newest checkpoint in an unfinished one."""
     steps = {
         int(number): file
         for file in (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")
         if (number := file.parent.name.partition("-")[2]).isdigit()
     }
-    if not steps:
-        return []
-    rows = _json(steps[max(steps)], dict, faults).get("log_history", [])
+    if (folder / LOG).exists():
+        rows = _json(folder / LOG, list, faults)
+    else:
+        rows = _json(steps[max(steps)], dict, faults).get("log_history", []) if steps else []
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
 
 def _json(file: Path, kind: type, faults: list[str], missing: str = "") -> Any:
-    """What a JSON file holds, NaN and infinities as None; empty, and a fault, where it is not what it should be."""
+    """What a JSON or JSONL file holds, NaN and infinities as None; empty, and a fault, where it is not what it should."""
     try:
-        value = json.loads(file.read_text(), parse_constant=lambda _: None)
+        text = file.read_text()
+        text = f"[{','.join(text.splitlines())}]" if file.suffix == ".jsonl" else text
+        value = json.loads(text, parse_constant=lambda _: None)
     except (FileNotFoundError, NotADirectoryError):
         faults += [f"{file} {missing}."] if missing else []
         return kind()

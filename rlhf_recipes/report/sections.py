@@ -57,7 +57,7 @@ def report(run: Run) -> Report:
     parts: tuple[tuple[str, str, Callable[[Run], Sequence[Block]]], ...] = (
         ("Results", "<stage>/metrics.json or eval/metrics.json", results),
         ("Where it comes from", "<stage>/manifest.json", lineage),
-        ("Training", "<stage>/checkpoints/*/trainer_state.json", curves),
+        ("Training", "<stage>/log.jsonl or <stage>/checkpoints/*/trainer_state.json", curves),
         ("Evaluation", f"{EVALUATION}/metrics.json", lambda run: [*measures(run), *evaluation(run)]),
         ("Over-optimization", f"{OVEROPTIMIZATION}/metrics.json", overoptimization),
         ("Sample completions", f"{EVALUATION}/samples.json or <stage>/samples.json", samples),
