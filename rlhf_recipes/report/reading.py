@@ -140,7 +140,7 @@ def _log(folder: Path, faults: list[str]) -> list[dict[str, Any]]:
 
 
 def _json(file: Path, kind: type, faults: list[str], missing: str = "") -> Any:
-    """What a JSON or JSONL file holds, NaN and infinities as None; empty, and a fault, where it is not what it should."""
+    """What a JSON or JSONL file holds, NaN and infinities as None; empty, with a fault, where it is damaged."""
     try:
         text = file.read_text()
         text = f"[{','.join(text.splitlines())}]" if file.suffix == ".jsonl" else text
