@@ -21,7 +21,6 @@ STEPS = {
     "step3": ("#21818c", "#4cc3c9"),
     "step4": ("#2f8f4e", "#6fd67a"),
     "step5": ("#7f8a00", "#c9dc3c"),
-    "step6": ("#a86f00", "#fbe04a"),
 }
 COLOURS = STAGES | STEPS
 INK = "#000000"  # in a drawing: the colour of the page's text
