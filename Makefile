@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help sft rm dpo ppo eval plan test lint setup clean
+.PHONY: help sft rm dpo ppo eval plan report test lint setup clean
 .NOTPARALLEL:# the stages of one line run in its order, also with -j
 .SHELLFLAGS := -f -c# no globbing: data.sft.path=my/*.jsonl reaches the recipe as it is
 
@@ -31,6 +31,9 @@ eval: .venv/.ready  ## did it work: compare the run's policies and others by win
 plan: .venv/.ready  ## predict the peak memory of each stage, and what fits on a card (CARD=12, in GB)
 	@$(RUN) recipes.plan $(if $(CARD),card=$(CARD)) $(ARGS) \
 	  --sft $(SFT_ARGS) --rm $(RM_ARGS) --dpo $(DPO_ARGS) --ppo $(PPO_ARGS)
+
+report: .venv/.ready  ## say what a run holds: runs/<run>/report.html, one page that stands alone
+	@$(RUN) recipes.report $(ARGS)
 
 test: .venv/.ready  ## run the tests (TEST_ARGS="-k runs" picks some)
 	@$(RUN) pytest $(TEST_ARGS)

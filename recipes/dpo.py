@@ -41,7 +41,8 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     evaluated = trainer.evaluate()
     figures = {name: evaluated[f"eval_rewards/{name}"] for name in ("accuracies", "margins")}
     changes = evaluation.changes(cfg, asked, roles, tokenizer, {cfg.start: REFERENCE, "dpo": POLICY})
-    stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples)
+    log = trainer.state.log_history
+    stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples, log=log)
     terminal.summary(stage, "DPO adapter", figures, changes)
     return figures | changes.figures
 

@@ -40,7 +40,8 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     figures = {"objective": trainer.state.best_metric, "stopped": trainer.stop_reason}
     changes = evaluation.changes(cfg, asked, trainer.roles, tokenizer, {cfg.start: REFERENCE, "ppo": POLICY})
-    stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples)
+    log = trainer.state.log_history
+    stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples, log=log)
     terminal.summary(stage, "PPO adapter and critic", figures, changes)
     return figures | changes.figures
 

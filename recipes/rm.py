@@ -38,10 +38,11 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     figures = reward_model.agreement(chosen, rejected, heldout["prompt"], reward_model.longer(heldout))
     trainer.save_model(stage.saving)
     trainer.accelerator.wait_for_everyone()
+    log = trainer.state.log_history
     del trainer, model  # two bases in memory would be one too many
     policy = models.load_policy(cfg, stage.adapter("sft"))
     figures["scale"] = reward_model.measure_scale(cfg, policy, tokenizer, rows.train, stage.saving)
-    stage.finish(figures)
+    stage.finish(figures, log=log)
     terminal.summary(stage, "reward model", figures)
     return figures
 

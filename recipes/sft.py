@@ -36,7 +36,8 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     figures = {"loss": trainer.evaluate()["eval_loss"]}
     changes = evaluation.changes(cfg, asked, roles, tokenizer, {"base": None, "sft": POLICY})
-    stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples)
+    log = trainer.state.log_history
+    stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples, log=log)
     terminal.summary(stage, "SFT adapter", figures, changes)
     return figures | changes.figures
 

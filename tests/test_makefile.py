@@ -41,7 +41,7 @@ def test_help_is_the_default_and_lists_every_target(make):
     assert (
         {line.split()[0] for line in listed.splitlines()}
         == targets
-        >= {"sft", "rm", "dpo", "ppo", "plan", "test", "lint", "clean"}
+        >= {"sft", "rm", "dpo", "ppo", "plan", "report", "test", "lint", "clean"}
     )
     assert set(re.search(r"^\.PHONY: (.*)", text, re.M)[1].split()) == targets
 
@@ -59,6 +59,11 @@ def test_a_plan_gets_the_card_and_the_args_of_every_stage(make):
     assert make("plan").stdout == "<-m><recipes.plan><--sft><--rm><--dpo><--ppo>\n"
     output = make("plan", "ARGS=run=mine lora.r=32", "CARD=12", "RM_ARGS=a=1 b=2", "PPO_ARGS=c=3").stdout
     assert output == "<-m><recipes.plan><card=12><run=mine><lora.r=32><--sft><--rm><a=1><b=2><--dpo><--ppo><c=3>\n"
+
+
+def test_a_report_takes_the_args_of_the_stages_on_its_line(make):
+    output = make("sft", "report", "ARGS=run=mine lora.r=32").stdout
+    assert output.splitlines()[1] == "<-m><recipes.report><run=mine><lora.r=32>"
 
 
 def test_stages_run_in_the_order_of_the_line_also_in_parallel(make):

@@ -25,7 +25,9 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SOURCES = sorted([*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").glob("*.py"), *CONF.rglob("*.yaml")])
 TARGETS = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split())
 COMMAND = re.compile(r"^\s*(?:#\s*)?((?:make|python -m recipes\.\w+) .*)$")
-VARIABLES = {"ARGS": set(RECIPES)} | {f"{recipe.upper()}_ARGS": {recipe} for recipe in RECIPES} | {"CARD": {"plan"}}
+VARIABLES = {"ARGS": {*RECIPES, "report"}, "CARD": {"plan"}} | {
+    f"{recipe.upper()}_ARGS": {recipe} for recipe in RECIPES
+}
 
 
 def told(file):
@@ -46,6 +48,8 @@ def recipes_of(command):
     if words[:3] == ["python", "-m", "recipes.plan"]:
         asked = parse(words[3:], "")
         return [(recipe, asked.overrides(recipe)) for recipe in TRAINING]
+    if words[:3] == ["python", "-m", "recipes.report"]:
+        return [("sft", words[3:])]  # it takes what a recipe takes
     if words[0] == "python":
         return [(words[2].removeprefix("recipes."), words[3:])]
     variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
@@ -53,6 +57,8 @@ def recipes_of(command):
     assert targets and set(targets) <= TARGETS, command
     if "plan" in targets:  # it looks at every stage
         targets += TRAINING
+    if targets == ["report"]:  # it takes what a recipe takes
+        return [("sft", shlex.split(variables.get("ARGS", "")))]
     assert variables.keys() <= VARIABLES.keys(), command
     for name in variables:
         assert VARIABLES[name] & {*targets}, f"{name} reaches no target of the line: {command}"

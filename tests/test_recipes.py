@@ -24,7 +24,10 @@ from rlhf_recipes.runs import Stage
 
 ROOT = Path(__file__).parents[1]
 FROZEN = tuple(f".layers.{i}." for i in range(3))  # the trunk: half of the base's six layers
-MADE = {"README.md", "config.yaml", "manifest.json", "metrics.json", "tokenizer.json", "tokenizer_config.json", ".lock"}
+MADE = {
+    *("README.md", "config.yaml", "manifest.json", "metrics.json", "log.jsonl", ".lock"),
+    *("tokenizer.json", "tokenizer_config.json"),
+}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 CRITIC = {"value/adapter_config.json", "value/adapter_model.safetensors", "value/head.json"}
 CHECKPOINT = ADAPTER | {
@@ -185,6 +188,12 @@ def test_metrics_are_json_with_the_figures_of_each_stage(chain):
     for metrics in (sft, dpo, ppo):
         assert metrics["sft"]["KL to SFT"] == [0, 0]
         assert metrics["sft"]["length"] == sft["sft"]["length"]  # the same policy, prompts and noise in every stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_log_goes_to_the_last_step(chain, stage):
+    rows = [json.loads(line) for line in (chain.folder / stage / "log.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in rows) == 4 and any("train_loss" in row for row in rows)
 
 
 def test_samples_hold_each_held_out_prompt_with_the_answer_before_and_after(chain):

@@ -43,6 +43,7 @@ from rlhf_recipes.runs.memory import PeakMemory
 LOCK = ".lock"
 SAVING = ".saving"  # artefacts on their way into the stage
 CHECKPOINTS = "checkpoints"
+LOG = "log.jsonl"  # what the trainer logged, a line for each time
 REPLACED = (
     "README.md",
     "training_args.bin",
@@ -222,6 +223,7 @@ class Stage:
         *,
         save: Callable[[str], object] | None = None,
         samples: Sequence[Mapping[str, str]] = (),
+        log: Sequence[Mapping[str, Any]] = (),
         base_fingerprint: str | None = None,
     ) -> None:
         """Write artefacts, metrics and model card, and last of all the manifest that says `finished`.
@@ -229,6 +231,8 @@ class Stage:
         Args:
             metrics: the final figures, for `metrics.json`.
             save: writes artefacts into the folder it is given, e.g. `trainer.save_model`; others may lie in `saving`.
+            samples: prompts with their completions, for `samples.json`.
+            log: the trainer's log history, for `log.jsonl`; the checkpoints that are kept need not go to the end.
             base_fingerprint: of the base model, checked as by `check_base`.
 
         Raises:
@@ -266,6 +270,8 @@ class Stage:
             disk.write_json(self.path / "metrics.json", metrics)
             if samples:
                 disk.write_json(self.path / "samples.json", {"samples": samples})
+            if log:
+                disk.write(self.path / LOG, "".join(f"{json.dumps(disk.plain(row))}\n" for row in log))
             disk.write(self.path / "README.md", model_card(chain, disk.plain(metrics)))
             disk.write_json(self.path / MANIFEST, self.manifest)
         except Exception as error:
