@@ -35,13 +35,13 @@ plan: .venv/.ready  ## predict the peak memory of each stage, and what fits on a
 report: .venv/.ready  ## say what a run holds: runs/<run>/report.html, one page that stands alone
 	@$(RUN) recipes.report $(ARGS)
 
-test: .venv/.ready  ## run the tests (TEST_ARGS="-k runs" picks some)
+test: .venv/.dev  ## run the tests (TEST_ARGS="-k runs" picks some)
 	@$(RUN) pytest $(TEST_ARGS)
 
-lint: .venv/.ready  ## check style and types
+lint: .venv/.dev  ## check style and types
 	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy
 
-setup: .venv/.ready  ## set up .venv from the tested versions (every target does it when needed)
+setup: .venv/.dev  ## set up .venv with the tested versions, the tests' own too (every target does what it needs)
 
 clean:  ## remove .venv and caches; runs/ stays
 	@rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
@@ -55,5 +55,11 @@ clean:  ## remove .venv and caches; runs/ stays
 	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv
 	@rm -f $@
 	@echo "Setting up .venv with the tested versions (once, some minutes) ..."
+	@$(RUN) pip install $(if $(MAKE_TERMOUT),,--quiet) --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+# Judges over HTTP, benchmarks, dashboards, and tools: as much again, for who tests or changes the project.
+.venv/.dev: .venv/.ready
+	@echo "Adding what the tests need (once) ..."
 	@$(RUN) pip install $(if $(MAKE_TERMOUT),,--quiet) --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $@

@@ -22,7 +22,8 @@ def make(tmp_path):
     python.parent.mkdir(parents=True)
     python.write_text('#!/bin/sh\nprintf "<%s>" "$@"; echo\n')
     python.chmod(0o755)
-    (tmp_path / ".venv" / ".ready").touch()
+    for stamp in (".ready", ".dev"):
+        (tmp_path / ".venv" / stamp).touch()
     # `make test` hands its own flags and arguments down to the tests
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS")) and "ARGS" not in k}
 
@@ -41,7 +42,7 @@ def test_help_is_the_default_and_lists_every_target(make):
     assert (
         {line.split()[0] for line in listed.splitlines()}
         == targets
-        >= {"sft", "rm", "dpo", "ppo", "plan", "report", "test", "lint", "clean"}
+        >= {"sft", "rm", "dpo", "ppo", "eval", "plan", "report", "test", "lint", "clean"}
     )
     assert set(re.search(r"^\.PHONY: (.*)", text, re.M)[1].split()) == targets
 
@@ -128,6 +129,14 @@ def test_a_set_up_that_was_broken_off_is_made_again_and_a_whole_one_is_kept(make
     assert steps("sft") == ["pip", "recipes.sft"]  # other versions: brought up to date in place
 
 
+def test_only_the_tests_set_up_what_they_need_beside(make):
+    (make.folder / ".venv" / ".dev").unlink()
+    pip = "<-m><pip><install><--quiet><--disable-pip-version-check><-c><constraints.txt><-e><.[dev]>"
+    assert "<pip>" not in make("sft", "eval", "report").stdout
+    assert make("test").stdout.splitlines()[1:] == [pip, "<-m><pytest>"]
+    assert make("test").stdout.splitlines() == ["<-m><pytest>"]
+
+
 def test_every_pinned_version_is_in_the_ranges_of_pyproject():
     from packaging.requirements import Requirement
 
@@ -138,8 +147,11 @@ def test_every_pinned_version_is_in_the_ranges_of_pyproject():
     )
     pins = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for text in (*project["dependencies"], *project["optional-dependencies"]["dev"]):
+    extras = project["optional-dependencies"]
+    for text in (*project["dependencies"], *(text for extra in extras.values() for text in extra)):
         requirement = Requirement(text)
+        if requirement.name == project["name"]:  # one extra takes in others
+            continue
         assert requirement.specifier.contains(pins[requirement.name.lower()]), text
     assert pins["torch"] == "2.13.0"  # with no local part: the CPU build here, the CUDA build on a GPU machine
     assert not re.search(r"https?://|--", (ROOT / "constraints.txt").read_text())

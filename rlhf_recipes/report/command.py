@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_recipes.config import compose
-from rlhf_recipes.config.options import TRAINING
+from rlhf_recipes.config.options import RECIPES
 from rlhf_recipes.errors import UserError
 
 
@@ -21,7 +21,7 @@ def parse(arguments: Sequence[str], story: str) -> Path:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="run, runs_dir; others are ignored")
     overrides = parser.parse_args(arguments).overrides
     refused = []
-    for recipe in TRAINING:
+    for recipe in RECIPES:
         try:
             cfg = compose(recipe, overrides)
         except UserError as error:
