@@ -236,12 +236,19 @@ def thaw(model: PeftModel, trunk: float, frozen_top: float = 0.0) -> Roles:
     """After TRL's constructor: train the adapter above the trunk, in float32, without gradients below it."""
     roles = Roles(model, trunk, frozen_top)
     roles.train(POLICY)
-    # For checkpointing, TRL and the Trainer let the embeddings' output require gradients, again at each start. Only the
-    # reentrant kind needs it, and the backward pass would run down through the frozen layers.
     if roles.frozen_layers:
-        model.disable_input_require_grads()
-        model.get_base_model().enable_input_require_grads = lambda: None
+        keep_gradients_off_inputs(model)
     return roles
+
+
+def keep_gradients_off_inputs(model: PeftModel) -> None:
+    """Let frozen lower layers be passed without a trace: no backward pass through them, no checkpoint of them.
+
+    For checkpointing, transformers lets the embeddings' output require gradients, again at each start of a Trainer.
+    Only the reentrant kind needs it.
+    """
+    model.disable_input_require_grads()
+    model.get_base_model().enable_input_require_grads = lambda: None
 
 
 def fingerprint(model: PreTrainedModel) -> str:

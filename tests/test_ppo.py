@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -284,6 +285,25 @@ def test_rollouts_in_chunks_have_every_prompt_once_and_in_order(make_trainer, mo
     completions, _ = trainer._generate_single_turn(prompts, None, {}, 1)
     assert [len(chunk) for chunk in seen] == [3, 3, 2] and [ids for chunk in seen for ids in chunk] == prompts
     assert len(completions) == 8
+
+
+def test_nothing_of_a_rollout_batch_is_kept_while_the_next_is_generated(make_trainer):
+    trainer = make_trainer(max_steps=6)
+    states, alive = [], []
+    score, generate = trainer._rolled_out, trainer._generate_single_turn
+
+    def scored(**kwargs):
+        rollout = score(**kwargs)
+        states.extend(weakref.ref(trunk) for trunk in rollout.trunk)
+        return rollout
+
+    def generated(*args):
+        alive.append(sum(state() is not None for state in states))
+        return generate(*args)
+
+    trainer._rolled_out, trainer._generate_single_turn = scored, generated
+    trainer.train()
+    assert alive == [0, 0, 0] and len(states) == 6
 
 
 def test_each_micro_batch_is_as_wide_as_its_longest_episode_and_the_ratio_still_starts_at_one(make_trainer, prompts):

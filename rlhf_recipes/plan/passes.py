@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.kernels import chunked_logprob
 
+from rlhf_recipes.models import keep_gradients_off_inputs
 from rlhf_recipes.plan.dry_run import Meter, dry_run, skeleton, without_data
 from rlhf_recipes.plan.shapes import model_config
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Roles
@@ -77,9 +78,9 @@ class Passes:
                     parameter.grad = torch.zeros_like(parameter)
             self.model.train()
             if self.args.gradient_checkpointing:
+                if self.roles.frozen_layers:
+                    keep_gradients_off_inputs(self.model)
                 self.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
-                if not self.roles.frozen_layers:
-                    self.model.enable_input_require_grads()
             taken = {}
             for phase, run in self.phases().items():
                 if names is None or phase in names:

@@ -71,8 +71,8 @@ def phases(
 ) -> Sequence[Plan]:
     """The peak of each phase of a stage, or of one.
 
-    Memory is a straight line in the layers of the trunk, in the trained ones and in the frozen ones on top, so that
-    models of few layers, one of them with one more here or there, tell it of any number.
+    Memory is a straight line in the trained layers and in the frozen ones on top, and those of the trunk leave nothing
+    behind, so that models of few layers, one of them with one more here or there, tell it of any number.
 
     Raises:
         UserError: the model's shape cannot be found, or no length is set.
@@ -86,7 +86,7 @@ def phases(
     below, above, top = min(frozen, 1), 2, min(frozen_top, 1)
 
     def measure(
-        names: Sequence[str] | None, stage: str = stage, *, below: int = below, above: int = above, top: int = top
+        names: Sequence[str] | None, stage: str = stage, *, above: int = above, top: int = top
     ) -> dict[str, dict[str, int]]:
         return Passes(stage, cfg, args, dtype, device, prompt_length, below, above, top).measure(names)
 
@@ -95,14 +95,8 @@ def phases(
         few |= measure([phase for phase in few if generates(phase)], "sft")
     passes = [phase for phase in few if not generates(phase)]
     one_above = measure(passes, above=above + 1) if passes else {}
-    held_below = "training" in few and frozen > below and args.gradient_checkpointing  # each checkpoint holds its input
-    one_below = measure(["training"], below=below + 1) if held_below else {}
     one_on_top = measure(passes, top=top + 1) if passes and frozen_top > top else {}
-    beyond = (
-        (one_above, layers - frozen - frozen_top - above),
-        (one_below, frozen - below),
-        (one_on_top, frozen_top - top),
-    )
+    beyond = (one_above, layers - frozen - frozen_top - above), (one_on_top, frozen_top - top)
     found = []
     for phase, taken in few.items():
         drawn_out = Counter(taken)
