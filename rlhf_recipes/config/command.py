@@ -98,7 +98,7 @@ def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -
     typed = [*args.overrides, *strange]
     overrides, values = _checked(name, typed, multirun=args.multirun)
     if args.help:
-        groups = {group: _choices(group) for group in options.GROUPS if group != "reward" or name == "ppo"}
+        groups = {group: _choices(group) for group in options.GROUPS if name in options.ONLY_IN.get(group, [name])}
         sys.stdout.write(options.overview(name, sys.modules[main.__module__].__doc__ or "", values, groups))
         return
 

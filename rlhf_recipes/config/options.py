@@ -20,7 +20,10 @@ TRAINING = {
 }
 
 READS = {"sft": "sft", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}  # which part of `data`
-GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "experiment")
+GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "guard", "experiment")
+
+
+ONLY_IN = {"reward": ("ppo",), "guard": ("dpo", "ppo")}  # sections, and groups, that not every recipe has
 
 
 @dataclass
@@ -91,7 +94,19 @@ class Data:
 class Reward:
     """Where PPO's reward comes from. Several sources are added up."""
 
-    model: str | None = field(default=None, metadata={"help": "Reward model: `run` (the run's), a folder or a hub id."})
+    model: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward model: `run` (the run's), a folder or a hub id; or a list of reward adapters on this base, "
+            "an ensemble. `runs/mine/rm/*` stands for those whose folders match."
+        },
+    )
+    ensemble: Literal["mean", "worst", "mean_minus_std"] = field(
+        default="mean", metadata={"help": "How the scores of several reward adapters become one."}
+    )
+    spread_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the members' spread in `mean_minus_std`. Higher: more cautious."}
+    )
     functions: list[Any] | None = field(
         default=None,
         metadata={
@@ -105,6 +120,20 @@ class Reward:
     min_accuracy: float = field(
         default=0.5,
         metadata={"help": "Refuse the run's reward model unless its accuracy is surely above this. 0 insists."},
+    )
+
+
+@dataclass
+class Guard(Reward):
+    """A second scorer, which training never sees, with the sources of a reward: it tells when the two part."""
+
+    gold: bool = field(default=False, metadata={"help": "The embedded world's truth."})
+    prompts: int = field(default=100, metadata={"help": "Held-out prompts to answer at each evaluation."})
+    samples: int = field(
+        default=2, metadata={"help": "Completions of each prompt. More: a smaller fall is seen, and it takes longer."}
+    )
+    stop: bool = field(
+        default=False, metadata={"help": "Stop when the score has turned down, and finish with the best checkpoint."}
     )
 
 
@@ -130,6 +159,8 @@ DECIDED = {
     "training.pad_token": "use model.pad_token",
     "training.trunk": "use trunk",
     "training.frozen_top": "use frozen_top",
+    "training.reward_ensemble": "use reward.ensemble",
+    "training.reward_spread_coef": "use reward.spread_coef",
     "lora.task_type": "each recipe sets it by what it trains",
     "lora.peft_type": "it is LORA",
     "lora.inference_mode": "each recipe sets it",
@@ -159,13 +190,15 @@ def sections(recipe: str) -> dict[str, Mapping[str, schema.Option]]:
         "model": f"{__name__}.Model",
         "data": f"{__name__}.Data",
         "reward": f"{__name__}.Reward",
+        "guard": f"{__name__}.Guard",
         "evaluation": f"{__name__}.Evaluation",
         "quantization": "transformers.BitsAndBytesConfig",
         "lora": "peft.LoraConfig",
         "training": TRAINING[recipe],
     }
-    if recipe != "ppo":
-        del paths["reward"]
+    for section, recipes in ONLY_IN.items():
+        if recipe not in recipes:
+            del paths[section]
     return {section: schema.options(path) for section, path in paths.items()}
 
 
@@ -181,7 +214,7 @@ def options(recipe: str) -> Mapping[str, schema.Option]:
 
 def ours(section: str) -> bool:
     """Whether a section is the project's own, so that its defaults are stated here and not by a library."""
-    return section in ("", "model", "data", "reward", "evaluation")
+    return section in ("", "model", "data", "reward", "guard", "evaluation")
 
 
 def required(recipe: str) -> list[str]:
@@ -230,6 +263,12 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
     if "reward.model" in values and not any(values.get(f"reward.{source}") for source in ("model", "functions", "url")):
         found.append("reward: it comes from nowhere; set reward.model, reward.functions or reward.url")
     evaluates = values.get("training.eval_strategy", "no") != "no"
+    if any(values.get(f"guard.{source}") for source in ("gold", "model", "functions", "url")):
+        for key in ("guard.prompts", "guard.samples"):
+            if values.get(key, 1) < 1:
+                found.append(f"{key}={values[key]}: at least 1; guard=none for no guard")
+        if not evaluates:
+            found.append("guard: it looks at every evaluation, and there are none; add training.eval_strategy=steps")
     if "reward.model" in values and evaluates and values.get("evaluation.prompts") == 0:
         found.append(
             "evaluation.prompts=0: PPO has no held-out prompts to score while it trains; add training.eval_strategy=no "
