@@ -12,7 +12,6 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from omegaconf import DictConfig
 from transformers import (
-    ExportableState,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -20,6 +19,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes import data, evaluation
 from rlhf_recipes.guard.scorer import Scorer
@@ -144,10 +144,12 @@ class Guard(TrainerCallback, ExportableState):
         )
         scores = self.scorer.scores(self.roles, self.tokenizer, made, size)
         by_prompt = [_mean(scores[i : i + options.samples]) for i in range(0, len(scores), options.samples)]
-        first = made[:: options.samples]  # one of each prompt tells the KL well enough
-        kl = evaluation.kl(self.roles, self.tokenizer, first, size, policy=POLICY, reference=REFERENCE)
+        kl = metrics.get("eval_kl")  # PPO has just measured it
+        if kl is None:
+            first = made[:: options.samples]  # one of each prompt tells it well enough
+            kl = fmean(evaluation.kl(self.roles, self.tokenizer, first, size, policy=POLICY, reference=REFERENCE))
         reward = next((metrics[name] for name in REWARDS if name in metrics), None)
-        return Point(step, fmean(kl), reward, _mean(by_prompt) or 0.0), by_prompt
+        return Point(step, kl, reward, _mean(by_prompt) or 0.0), by_prompt
 
     def _told(self, turn: Turn, args: TrainingArguments) -> str:
         """A turn in words, with what to type."""
