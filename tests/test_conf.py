@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.config import CONF, compose, schema
-from rlhf_recipes.config.options import GROUPS, TRAINING, options
+from rlhf_recipes.config.options import GROUPS, ONLY_IN, TRAINING, options
 
 FILES = sorted(CONF.rglob("*.yaml"))
 OWN_DATA = ["data.sft.path=a.jsonl", "data.preferences.path=b.jsonl", "data.prompts.path=c.jsonl"]
@@ -14,6 +14,9 @@ NEEDED = {
     "data/files": OWN_DATA,
     "data/capybara": OWN_DATA[1:],  # demonstrations only
     "model/other": ["model.name_or_path=org/model"],
+    "guard/function": ["guard.functions=[rewards.py:brevity]"],
+    "guard/reward_model": ["guard.model=runs/other/rm"],
+    "guard/url": ["guard.url=http://localhost:8000"],
     "reward/function": ["reward.functions=[rewards.py:brevity]"],
     "reward/url": ["reward.url=http://localhost:8000"],
 }
@@ -24,19 +27,21 @@ def commands(file: Path) -> list[tuple[str, list[str]]]:
     name = str(file.relative_to(CONF).with_suffix(""))
     folder, _, choice = name.rpartition("/")
     if not folder:
+        if choice == "guarded":
+            return [(recipe, ["guard=gold"]) for recipe in ONLY_IN["guard"]]
         return [(recipe, []) for recipe in TRAINING if choice in (recipe, "common")]
     if folder.count("/"):  # sft/model/embedded.yaml: what a recipe trains differently
         recipe, group = folder.split("/")
         return [(recipe, [f"{group}={choice}"])]
     recipes = [recipe for recipe in TRAINING if choice.startswith(f"{recipe}_")] or list(TRAINING)
-    recipes = ["ppo"] if folder == "reward" else recipes
+    recipes = list(ONLY_IN.get(folder, recipes))
     return [(recipe, [f"{folder}={choice}", *NEEDED.get(name, [])]) for recipe in recipes]
 
 
 def test_the_search_for_config_files_finds_them() -> None:
     assert len(FILES) > 35
     assert {file.relative_to(CONF).parts[0] for file in FILES if file.parent != CONF} == {*GROUPS, *TRAINING}
-    assert {file.stem for file in FILES if file.parent == CONF} == {"common", *TRAINING}
+    assert {file.stem for file in FILES if file.parent == CONF} == {"common", "guarded", *TRAINING}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))
