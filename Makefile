@@ -6,12 +6,12 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help sft rm dpo ppo plan test lint setup clean
+.PHONY: help sft rm dpo ppo overoptimization plan test lint setup clean
 .NOTPARALLEL:# the stages of one line run in its order, also with -j
 .SHELLFLAGS := -f -c# no globbing: data.sft.path=my/*.jsonl reaches the recipe as it is
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 sft: .venv/.ready  ## fine-tune the base on demonstrations
 	@$(RUN) recipes.sft $(ARGS) $(SFT_ARGS)
@@ -24,6 +24,10 @@ dpo: .venv/.ready  ## improve the SFT model on preferences, with no reward model
 
 ppo: .venv/.ready  ## improve the SFT model against the reward model, under a KL penalty
 	@$(RUN) recipes.ppo $(ARGS) $(PPO_ARGS)
+
+overoptimization: .venv/.ready  ## draw reward and gold score against the KL, for several KL penalties (BETAS=0,0.1)
+	@$(RUN) recipes.overoptimization $(if $(BETAS),beta=$(BETAS)) $(ARGS) \
+	  --sft $(SFT_ARGS) --rm $(RM_ARGS) --ppo $(PPO_ARGS)
 
 plan: .venv/.ready  ## predict the peak memory of each stage, and what fits on a card (CARD=12, in GB)
 	@$(RUN) recipes.plan $(if $(CARD),card=$(CARD)) $(ARGS) \

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,16 +21,16 @@ from rlhf_recipes.roles import GUARD, POLICY, REWARD, VALUE, Roles
 # ---- the decision, on figures alone
 
 
-def evaluations(means, noise=0.3, prompts=200, rewards=None, seed=0, looks=None):
-    """The turns that a history of these mean scores gives, with noise from prompt to prompt and time to time."""
-    draw = random.Random(seed)
-    history = History(looks or len(means))
-    hard = [draw.gauss(0, 1) for _ in range(prompts)]  # some prompts score low, always
+def evaluations(means, noise=0.3, prompts=200, rewards=None, seed=0):
+    """The turns that a history of these mean scores gives, with noise on either half of the samples of each prompt."""
+    draw = np.random.default_rng(seed)
+    history = History(len(means))
+    hard = draw.normal(size=prompts)  # some prompts score low, always
     turns = []
     for i, mean in enumerate(means):
-        scores = [mean + h + draw.gauss(0, noise) for h in hard]
+        halves = mean + hard + draw.normal(scale=noise, size=(2, prompts))
         reward = float(i) if rewards is None else rewards[i]
-        turns.append(history.add(Point(i, 0.1 * i, reward, float(np.mean(scores))), scores))
+        turns.append(history.add(Point(i, 0.1 * i, reward, float(halves.mean())), halves.tolist()))
     return turns, history
 
 
@@ -44,11 +43,22 @@ def test_a_fall_is_told_with_the_best_evaluation_and_how_far_it_is():
     assert 0 < turn.half_width < turn.fall
 
 
-def test_the_interval_is_that_of_the_paired_differences():
-    _, history = evaluations([1.0, 0.0], looks=2)
-    before, now = np.array(history.best_scores), np.zeros(200)
-    turn = history.add(Point(2, 0, 5, 0.0), now.tolist())
-    assert turn.half_width == pytest.approx(1.6449 * (before - now).std(ddof=1) / math.sqrt(200), rel=1e-4)
+def test_the_bound_is_that_of_the_paired_differences_over_prompts():
+    before, now = np.random.default_rng(1).normal([[[1.0]], [[0.0]]], 0.5, size=(2, 2, 50))
+    history = History(2)
+    history.add(Point(0, 0, 0, before.mean()), before.tolist())
+    turn = history.add(Point(1, 0, 1, now.mean()), now.tolist())
+    falls = (before - now).mean(axis=0)
+    assert turn.fall == pytest.approx(falls.mean())
+    assert turn.half_width == pytest.approx(1.6766 * falls.std(ddof=1) / math.sqrt(50), rel=1e-3)  # t, 49
+
+
+def test_the_best_is_chosen_on_one_half_and_measured_on_the_other():
+    history = History(3)
+    rows = [([5.0, 5.0, 5.1], [1.0, 1.0, 1.1]), ([2.0, 2.0, 2.1], [4.0, 4.0, 4.1]), ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0])]
+    turns = [history.add(Point(i, 0, i, float(np.mean(halves))), halves) for i, halves in enumerate(rows)]
+    # by the first half the first is best: 1 on the second half; by the second half the second: 2 on the first half
+    assert turns[2].fall == pytest.approx((1.0 + 2.0) / 2 + 0.1 / 3)
 
 
 def test_what_is_hard_for_both_does_not_hide_a_fall():
@@ -56,23 +66,20 @@ def test_what_is_hard_for_both_does_not_hide_a_fall():
     assert evaluations([1, 0.85], noise=0.2)[0][1] is not None
 
 
-def test_noise_around_a_plateau_fires_in_no_more_than_one_run_of_twenty():
-    fired = [any(evaluations([0] * 30, seed=seed)[0]) for seed in range(200)]
-    assert sum(fired) <= 0.05 * 200
+def test_noise_around_a_plateau_fires_in_no_more_than_one_training_of_twenty():
+    fired = [any(evaluations([0] * 30, prompts=50, seed=seed)[0]) for seed in range(400)]
+    assert sum(fired) <= 0.05 * 400
 
 
-def test_without_the_correction_for_many_looks_most_plateaus_would_fire():
-    fired = [any(evaluations([0] * 30, seed=seed, looks=2)[0]) for seed in range(50)]
-    assert sum(fired) > 25
-
-
-def test_a_rise_and_a_plateau_after_it_fire_in_no_run():
+def test_a_rise_and_a_plateau_after_it_fire_in_no_more_than_one_of_twenty():
     rising = [min(1.0, 0.1 * i) for i in range(30)]
-    assert not any(any(evaluations(rising, seed=seed)[0]) for seed in range(20))
+    assert sum(any(evaluations(rising, prompts=50, seed=seed)[0]) for seed in range(100)) <= 5
 
 
-def test_more_looks_ask_for_more():
-    assert [round(critical(n), 2) for n in (1, 2, 3, 15, 29)] == [1.64, 1.64, 2.13, 3.3, 3.67]
+def test_more_looks_and_fewer_prompts_ask_for_more():
+    assert [round(critical(n, 10**6), 2) for n in (1, 2, 3, 15, 43)] == [1.64, 1.64, 1.96, 2.69, 3.04]
+    assert critical(2, 31) == pytest.approx(1.6973, abs=2e-3)  # of a table of Student's t, 30 degrees of freedom
+    assert critical(3, 51) == pytest.approx(2.0086, abs=5e-3)  # 50, at 0.025
 
 
 def test_where_the_training_reward_falls_too_it_is_no_over_optimization():
@@ -83,15 +90,15 @@ def test_where_the_training_reward_falls_too_it_is_no_over_optimization():
 
 def test_a_prompt_without_a_score_is_left_out_of_the_pairs():
     history = History(2)
-    history.add(Point(0, 0, 0, 1.0), [1.0, None, 1.0, 1.1, 1.2])
-    turn = history.add(Point(1, 0, 1, 0.0), [0.0, 5.0, None, 0.0, 0.1])
+    history.add(Point(0, 0, 0, 1.0), ([1.0, None, 1.0, 1.1, 1.2], [1.0, 1.0, 1.0, 1.1, 1.2]))
+    turn = history.add(Point(1, 0, 1, 0.0), ([0.0, 5.0, 0.0, 0.0, 0.1], [0.0, 5.0, None, 0.0, 0.1]))
     assert turn.fall == pytest.approx((1.0 + 1.1 + 1.1) / 3)
 
 
 def test_one_prompt_proves_nothing():
     history = History(2)
-    history.add(Point(0, 0, 0, 1.0), [1.0])
-    assert history.add(Point(1, 0, 1, 0.0), [0.0]) is None
+    history.add(Point(0, 0, 0, 1.0), ([1.0], [1.0]))
+    assert history.add(Point(1, 0, 1, 0.0), ([0.0], [0.0])) is None
 
 
 def test_a_history_survives_json():
@@ -192,8 +199,8 @@ def test_a_guard_at_chance_is_refused(tmp_path):
     ("overrides", "message"),
     [
         (["guard=gold", "training.eval_strategy=no"], "it looks at every evaluation, and there are none"),
-        (["guard=gold", "guard.prompts=0"], "guard.prompts=0: at least 1"),
-        (["guard=gold", "guard.samples=0"], "guard.samples=0: at least 1"),
+        (["guard=gold", "guard.prompts=1"], "guard.prompts=1: at least 2"),
+        (["guard=gold", "guard.samples=1"], "guard.samples=1: at least 2; on one half of them the best"),
         (["guard=reward_model"], "guard.model: no value"),
         (["guard=url"], "guard.url: no value"),
     ],

@@ -23,7 +23,7 @@ from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes import data, evaluation
 from rlhf_recipes.guard.scorer import Scorer
-from rlhf_recipes.guard.turning import History, Point, Turn
+from rlhf_recipes.guard.turning import Halves, History, Point, Turn
 from rlhf_recipes.roles import POLICY, REFERENCE, Roles
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class Guard(TrainerCallback, ExportableState):
         self.history = History(looks=1)
         self.warning: str | None = None
         self.training = False
+        self.start: tuple[float, Halves] | None = None  # score and halves of the policy that has not moved yet
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -111,13 +112,13 @@ class Guard(TrainerCallback, ExportableState):
         if not self.training or metrics is None or (points and points[-1].step >= state.global_step):
             return control  # the last one after training, and the first one of a resume
         found = [self._measured(state.global_step, metrics) if state.is_world_process_zero else None]
-        point, scores = broadcast_object_list(found)[0]
+        point, halves = broadcast_object_list(found)[0]
         figures = {"eval_guard": point.score, "eval_guard_kl": point.kl}
         if point.reward is not None:
             figures["eval_guard_reward"] = point.reward
         metrics.update(figures)  # the Trainer looks here for `metric_for_best_model`
         self.trainer.log(dict(figures))
-        turn = self.history.add(point, scores)
+        turn = self.history.add(point, halves)
         if turn is not None and self.warning is None:
             self.warning = self._told(turn, args)
             logger.warning(self.warning)
@@ -127,8 +128,13 @@ class Guard(TrainerCallback, ExportableState):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.training = False
 
-    def _measured(self, step: int, metrics: dict[str, float]) -> tuple[Point, list[float | None]]:
-        """The point of this evaluation, and the mean score of each prompt."""
+    def _measured(self, step: int, metrics: dict[str, float]) -> tuple[Point, Halves]:
+        """The point of this evaluation, and the mean score of each prompt on either half of its samples."""
+        kl = metrics.get("eval_kl")  # PPO has just measured it
+        reward = next((metrics[name] for name in REWARDS if name in metrics), None)
+        if kl == 0 and self.start is not None:  # while PPO's critic warms up
+            score, halves = self.start
+            return Point(step, kl, reward, score), halves
         assert self.scorer is not None
         options, size = self.scorer.cfg, self.cfg.evaluation.batch_size
         if self.prompts is None:
@@ -143,13 +149,16 @@ class Guard(TrainerCallback, ExportableState):
             seed=self.cfg.seed,
         )
         scores = self.scorer.scores(self.roles, self.tokenizer, made, size)
-        by_prompt = [_mean(scores[i : i + options.samples]) for i in range(0, len(scores), options.samples)]
-        kl = metrics.get("eval_kl")  # PPO has just measured it
+        by_prompt = [scores[start : start + options.samples] for start in range(0, len(scores), options.samples)]
+        middle = options.samples // 2
+        halves = [_mean(row[:middle]) for row in by_prompt], [_mean(row[middle:]) for row in by_prompt]
+        score = _mean([_mean(row) for row in by_prompt]) or 0.0
         if kl is None:
             first = made[:: options.samples]  # one of each prompt tells it well enough
             kl = fmean(evaluation.kl(self.roles, self.tokenizer, first, size, policy=POLICY, reference=REFERENCE))
-        reward = next((metrics[name] for name in REWARDS if name in metrics), None)
-        return Point(step, kl, reward, _mean(by_prompt) or 0.0), by_prompt
+        if kl == 0:
+            self.start = score, halves
+        return Point(step, kl, reward, score), halves
 
     def _told(self, turn: Turn, args: TrainingArguments) -> str:
         """A turn in words, with what to type."""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from math import inf
 from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 CONFIDENCE = 0.95
+
+Halves = tuple[Sequence[float | None], Sequence[float | None]]
+"""The mean score of each prompt on the first half of its samples, and on the second; None where there is no score."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,14 @@ class Point:
     kl: float  # nats per completion, to the reference
     reward: float | None  # what the training optimizes, on held-out data
     score: float  # the unseen scorer's
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The best evaluation by one half of the samples: its mean there, and its scores by prompt on the other half."""
+
+    chosen_by: float
+    scores: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class Turn:
 
 @dataclass
 class History:
-    """The evaluations of a training, and the scores of each prompt at the best of them.
+    """The evaluations of a training, and what the next one is held against.
 
     Args:
         looks: evaluations that are planned.
@@ -41,26 +53,31 @@ class History:
     looks: int
     points: list[Point] = field(default_factory=list)
     best: Point | None = None
-    best_scores: list[float | None] = field(default_factory=list)
+    references: list[Reference] = field(default_factory=list)  # chosen on the first half of the samples, and the second
 
-    def add(self, point: Point, scores: Sequence[float | None]) -> Turn | None:
-        """Take in an evaluation, with the mean score of each prompt; a turn if there is one.
+    def add(self, point: Point, halves: Halves) -> Turn | None:
+        """Take in an evaluation: the mean score of each prompt, on either half of its samples. A turn if there is one.
 
-        The score has turned where the fall from its best evaluation, taken prompt by prompt, is surely above 0. The
-        best of many evaluations is best by luck too, and many more are held against it: so all pairs of the planned
-        evaluations share the 5% of false alarms (Bonferroni), one-sided.
+        The best of many evaluations is best by luck too. So it is chosen on one half of the samples and measured on the
+        other, and the other way round: whatever the luck, the fall from it is 0 in the mean where the policy is as good
+        as it was. It is taken prompt by prompt, and is sure where it is at least 0 by a one-sided bound that all
+        planned evaluations share (Bonferroni): of 20 trainings that lose nothing, at most one is told of.
         """
         self.points.append(point)
         if self.best is None or point.score > self.best.score:
-            self.best, self.best_scores = point, list(scores)
+            self.best = point
+        chosen = [_mean(half) for half in halves]
+        if not self.references:
+            self.references = [Reference(chosen[0], list(halves[1])), Reference(chosen[1], list(halves[0]))]
             return None
-        pairs = zip(self.best_scores, scores, strict=True)
-        falls = [before - now for before, now in pairs if before is not None and now is not None]
-        half_width = critical(self.looks) * stdev(falls) / len(falls) ** 0.5 if len(falls) > 1 else float("inf")
-        fall = fmean(falls) if falls else 0.0
-        if fall <= half_width or _lower(point.reward, self.best.reward):
+        falls = _falls(self.references, halves)
+        for i, (mean, measured) in enumerate(zip(chosen, reversed(halves), strict=True)):
+            if mean > self.references[i].chosen_by:
+                self.references[i] = Reference(mean, list(measured))
+        if len(falls) < 2 or _lower(point.reward, self.best.reward):
             return None
-        return Turn(self.best, point, fall, half_width)
+        fall, half_width = fmean(falls), critical(self.looks, len(falls)) * stdev(falls) / len(falls) ** 0.5
+        return Turn(self.best, point, fall, half_width) if fall > half_width else None
 
     def state(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -70,13 +87,29 @@ class History:
     def from_state(cls, state: dict[str, Any]) -> History:
         """The reverse of `state`."""
         best = state["best"] and Point(**state["best"])
-        return cls(state["looks"], [Point(**point) for point in state["points"]], best, state["best_scores"])
+        points, references = state["points"], state["references"]
+        return cls(state["looks"], [Point(**p) for p in points], best, [Reference(**r) for r in references])
 
 
-def critical(looks: int) -> float:
-    """Standard errors that a fall must exceed, so that none of the pairs of so many evaluations does by chance."""
-    pairs = max(looks * (looks - 1) // 2, 1)
-    return NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / pairs)
+def critical(looks: int, prompts: int) -> float:
+    """Standard errors that a fall must exceed, so that in so many evaluations none does by chance.
+
+    A quantile of Student's t, by its expansion in 1 / degrees of freedom (Abramowitz and Stegun, 26.7.5).
+    """
+    z = NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / max(looks - 1, 1))
+    return z + (z**3 + z) / (4 * (prompts - 1))
+
+
+def _falls(references: Sequence[Reference], halves: Halves) -> list[float]:
+    """Of each prompt that has a score in all of them, how far it fell, in the mean over the halves."""
+    columns = zip(references[0].scores, halves[1], references[1].scores, halves[0], strict=True)
+    known = [row for row in columns if None not in row]
+    return [(row[0] - row[1] + row[2] - row[3]) / 2 for row in known]  # type: ignore[operator]
+
+
+def _mean(scores: Sequence[float | None]) -> float:
+    known = [score for score in scores if score is not None]
+    return fmean(known) if known else -inf
 
 
 def _lower(now: float | None, before: float | None) -> bool:
