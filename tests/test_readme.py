@@ -25,7 +25,11 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SOURCES = sorted([*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").glob("*.py"), *CONF.rglob("*.yaml")])
 TARGETS = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split())
 COMMAND = re.compile(r"^\s*(?:#\s*)?((?:make|python -m recipes\.\w+) .*)$")
-VARIABLES = {"ARGS": set(TRAINING)} | {f"{recipe.upper()}_ARGS": {recipe} for recipe in TRAINING} | {"CARD": {"plan"}}
+VARIABLES = (
+    {"ARGS": set(TRAINING)}
+    | {f"{recipe.upper()}_ARGS": {recipe} for recipe in TRAINING}
+    | {"CARD": {"plan"}, "BETAS": {"overoptimization"}}
+)
 
 
 def told(file):
@@ -53,6 +57,8 @@ def recipes_of(command):
     assert targets and set(targets) <= TARGETS, command
     if "plan" in targets:  # it looks at every stage
         targets += TRAINING
+    if "overoptimization" in targets:
+        targets += ["sft", "rm", "ppo"]
     assert variables.keys() <= VARIABLES.keys(), command
     for name in variables:
         assert VARIABLES[name] & {*targets}, f"{name} reaches no target of the line: {command}"

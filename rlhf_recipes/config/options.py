@@ -132,6 +132,13 @@ class Guard(Reward):
     samples: int = field(
         default=2, metadata={"help": "Completions of each prompt. More: a smaller fall is seen, and it takes longer."}
     )
+    tolerance: float = field(
+        default=0.05,
+        metadata={
+            "help": "How far the score may fall below its best, in its own unit (a reward model's is the spread of its "
+            "scores on SFT samples). Higher: later, and fewer false alarms."
+        },
+    )
     stop: bool = field(
         default=False, metadata={"help": "Stop when the score has turned down, and finish with the best checkpoint."}
     )

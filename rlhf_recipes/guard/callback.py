@@ -65,7 +65,7 @@ class Guard(TrainerCallback, ExportableState):
     ) -> None:
         self.trainer, self.roles, self.tokenizer, self.cfg, self.scorer = trainer, roles, tokenizer, cfg, scorer
         self.prompts: Dataset | None = None
-        self.history = History(looks=1)
+        self.history = History(looks=1, tolerance=0.0 if scorer is None else scorer.cfg.tolerance)
         self.warning: str | None = None
         self.training = False
         self.start: tuple[float, Halves] | None = None  # score and halves of the policy that has not moved yet
@@ -175,7 +175,7 @@ class Guard(TrainerCallback, ExportableState):
         stop = "Stopped." if self.scorer.cfg.stop else "guard.stop=true stops here."
         return (
             f"over-optimization at step {now.step}: the guard's score ({name}) fell from {best.score:.3g} at step "
-            f"{best.step} to {now.score:.3g} (by {turn.fall:.2g}, surely more than {turn.fall - turn.half_width:.1g})"
+            f"{best.step} to {now.score:.3g} (by {turn.fall:.2g}, surely more than {turn.surely:.1g})"
             f"{rewards}, and the KL from {best.kl:.3g} to {now.kl:.3g} nats. {kept} {stop} A higher KL penalty keeps "
             f"closer to the start: {what} run=<new name>"
         )

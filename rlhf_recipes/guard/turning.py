@@ -39,7 +39,7 @@ class Turn:
     best: Point
     now: Point
     fall: float
-    half_width: float  # the fall is at least fall - half_width
+    surely: float  # it is at least this, at 95%
 
 
 @dataclass
@@ -48,9 +48,11 @@ class History:
 
     Args:
         looks: evaluations that are planned.
+        tolerance: how far the score may fall, in its own unit: a policy in training wavers.
     """
 
     looks: int
+    tolerance: float = 0.0
     points: list[Point] = field(default_factory=list)
     best: Point | None = None
     references: list[Reference] = field(default_factory=list)  # chosen on the first half of the samples, and the second
@@ -60,8 +62,9 @@ class History:
 
         The best of many evaluations is best by luck too. So it is chosen on one half of the samples and measured on the
         other, and the other way round: whatever the luck, the fall from it is 0 in the mean where the policy is as good
-        as it was. It is taken prompt by prompt, and is sure where it is at least 0 by a one-sided bound that all
-        planned evaluations share (Bonferroni): of 20 trainings that lose nothing, at most one is told of.
+        as it was. It is taken prompt by prompt, and has to be surely more than two things, by one-sided 95% bounds:
+        than 0, by a bound that all planned evaluations share (Bonferroni: of 20 trainings that lose nothing, about one
+        is told of at most), and than what is tolerated, by a bound of its own.
         """
         self.points.append(point)
         if self.best is None or point.score > self.best.score:
@@ -76,8 +79,11 @@ class History:
                 self.references[i] = Reference(mean, list(measured))
         if len(falls) < 2 or _lower(point.reward, self.best.reward):
             return None
-        fall, half_width = fmean(falls), critical(self.looks, len(falls)) * stdev(falls) / len(falls) ** 0.5
-        return Turn(self.best, point, fall, half_width) if fall > half_width else None
+        fall, error = fmean(falls), stdev(falls) / len(falls) ** 0.5
+        surely = fall - critical(2, len(falls)) * error
+        if surely <= self.tolerance or fall <= critical(self.looks, len(falls)) * error:
+            return None
+        return Turn(self.best, point, fall, surely)
 
     def state(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -88,7 +94,9 @@ class History:
         """The reverse of `state`."""
         best = state["best"] and Point(**state["best"])
         points, references = state["points"], state["references"]
-        return cls(state["looks"], [Point(**p) for p in points], best, [Reference(**r) for r in references])
+        return cls(
+            state["looks"], state["tolerance"], [Point(**p) for p in points], best, [Reference(**r) for r in references]
+        )
 
 
 def critical(looks: int, prompts: int) -> float:
