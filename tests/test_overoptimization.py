@@ -120,5 +120,5 @@ def test_the_table_tells_where_gold_was_best_and_where_it_ended():
         for step, kl, reward, gold in figures
     ]
     header, row = curves.table(points).splitlines()
-    assert header.split() == "beta best gold at KL reward gold at the end KL reward then".split()
+    assert " ".join(header.split()) == "beta best gold at KL reward gold at the end KL reward then"
     assert row.split() == ["0.1", "0.8", "1", "0.5", "0.3", "9", "1.5"]
