@@ -84,7 +84,7 @@ def row(case: str, seed: int, stage: Path) -> str:
     cells = [
         case,
         str(seed),
-        str(last["step"]) if metrics["over_optimized"] else "never",
+        str(last["step"]) if metrics["stopped"] else "never",
         f"{best['score']:.3f} ({best['step']})",
         f"{last['score']:.3f} ({last['step']})",
         f"{best['score'] - last['score']:.3f}",

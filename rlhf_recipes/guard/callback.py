@@ -81,8 +81,8 @@ class Guard(TrainerCallback, ExportableState):
 
     @property
     def figures(self) -> dict[str, object]:
-        """For `metrics.json`: the warning, where there is a guard."""
-        return {} if self.scorer is None else {"over_optimized": self.warning}
+        """For `metrics.json`: the warning, where there is a guard that does not stop."""
+        return {} if self.scorer is None or self.stop_reason else {"over_optimized": self.warning}
 
     def save(self, folder: Path) -> None:
         """Write every evaluation to `guard.json`: step, KL, training reward and score."""
