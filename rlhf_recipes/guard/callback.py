@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -91,11 +92,14 @@ class Guard(TrainerCallback, ExportableState):
             (folder / FILE).write_text(json.dumps({"scorer": self.scorer.name, "points": points}, indent=1) + "\n")
 
     def on_train_begin(
-        self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]  # of the checkpoint, in a resume
         self.history, self.warning = History.from_state(saved["history"]), saved["warning"]
-        self.history.looks = 1 + state.max_steps // max(int(state.eval_steps or state.max_steps), 1)
+        by_epoch = args.eval_strategy == "epoch"
+        self.history.looks = 1 + (
+            math.ceil(state.num_train_epochs) if by_epoch else state.max_steps // state.eval_steps
+        )
         self.training = True
         control.should_training_stop = self.stop_reason is not None
         return control

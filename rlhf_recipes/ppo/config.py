@@ -124,8 +124,9 @@ class PPOConfig(GRPOConfig):
     value_init: str = field(
         default="reward",
         metadata={
-            "help": "Where the critic starts: `reward` (copy of the reward adapter and head), `sft` (copy of the "
-            "policy, zero head), or the folder of a saved critic. Without a reward adapter, `reward` is `sft`."
+            "help": "Where the critic starts: `reward` (copy of the reward adapter and head; of several, the first), "
+            "`sft` (copy of the policy, zero head), or the folder of a saved critic. Without a reward adapter, "
+            "`reward` is `sft`."
         },
     )
     freeze_value: bool = field(
