@@ -6,12 +6,12 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help sft rm dpo ppo eval plan report test lint setup clean
+.PHONY: help sft rm dpo ppo eval report overoptimization plan test lint setup clean
 .NOTPARALLEL:# the stages of one line run in its order, also with -j
 .SHELLFLAGS := -f -c# no globbing: data.sft.path=my/*.jsonl reaches the recipe as it is
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "%-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 sft: .venv/.ready  ## fine-tune the base on demonstrations
 	@$(RUN) recipes.sft $(ARGS) $(SFT_ARGS)
@@ -27,6 +27,10 @@ ppo: .venv/.ready  ## improve the SFT model against the reward model, under a KL
 
 eval: .venv/.ready  ## did it work: compare the run's policies and others by win rate, reward, KL and more
 	@$(RUN) recipes.eval $(ARGS) $(EVAL_ARGS)
+
+overoptimization: .venv/.ready  ## draw reward and gold score against the KL, for several KL penalties (BETAS=0,0.1)
+	@$(RUN) recipes.overoptimization $(if $(BETAS),beta=$(BETAS)) $(ARGS) \
+	  --sft $(SFT_ARGS) --rm $(RM_ARGS) --ppo $(PPO_ARGS)
 
 plan: .venv/.ready  ## predict the peak memory of each stage, and what fits on a card (CARD=12, in GB)
 	@$(RUN) recipes.plan $(if $(CARD),card=$(CARD)) $(ARGS) \

@@ -10,18 +10,20 @@ reference once.
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import data, terminal
+from rlhf_recipes import data, guard, rewards, terminal
 from rlhf_recipes.config import build, recipe
 from rlhf_recipes.runs import Stage
 
 
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
+    unseen = guard.from_config(cfg, stage.adapter("rm"))
     rows, asked = data.load(cfg.data, "preferences", cfg.seed), data.heldout_prompts(cfg)
     from trl import DPOConfig, DPOTrainer
 
     from rlhf_recipes import evaluation, models
     from rlhf_recipes.backoff import back_off
+    from rlhf_recipes.guard.callback import watch
     from rlhf_recipes.roles import POLICY, REFERENCE
 
     args = build(DPOConfig, cfg.training, **stage.arguments, **models.precision(cfg))
@@ -35,11 +37,14 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     )
     roles = models.thaw(policy, cfg.trunk, cfg.frozen_top)
     back_off(trainer, pairs=True)
+    watched = watch(trainer, roles, tokenizer, cfg, unseen)
     terminal.progress(trainer, "dpo")
     trainer.train(resume_from_checkpoint=stage.resume_from)
 
+    watched.save(stage.saving)
     evaluated = trainer.evaluate()
-    figures = {name: evaluated[f"eval_rewards/{name}"] for name in ("accuracies", "margins")}
+    figures = watched.figures | {"stopped": watched.stop_reason} if unseen else {}
+    figures |= {name: evaluated[f"eval_rewards/{name}"] for name in ("accuracies", "margins")}
     changes = evaluation.changes(cfg, asked, roles, tokenizer, {cfg.start: REFERENCE, "dpo": POLICY})
     log = trainer.state.log_history
     stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples, log=log)
@@ -50,8 +55,9 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 @recipe("dpo")
 def main(cfg: DictConfig) -> None:
     """Open the stage, and train unless it is finished."""
-    before = ["sft"] if cfg.start == "sft" else []
-    with Stage.open(cfg, "dpo", predecessors=before, data_fingerprint=data.describe(cfg.data, "preferences")) as stage:
+    before = ["sft"] * (cfg.start == "sft") + ["rm"] * ("run" in rewards.named_models(cfg.guard.model))
+    others, read = rewards.folders(cfg.guard.model), data.describe(cfg.data, "preferences")
+    with Stage.open(cfg, "dpo", predecessors=before, others=others, data_fingerprint=read) as stage:
         terminal.say(stage.message)
         if stage.state != "skip":
             train(cfg, stage)

@@ -10,7 +10,7 @@ one rollout batch; `training.max_steps` counts optimizer steps.
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import data, rewards, terminal
+from rlhf_recipes import data, guard, rewards, terminal
 from rlhf_recipes.config import build, recipe
 from rlhf_recipes.runs import Stage
 
@@ -18,27 +18,33 @@ from rlhf_recipes.runs import Stage
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     reward = rewards.from_config(cfg.reward, stage.adapter("rm"))
+    unseen = guard.from_config(cfg, stage.adapter("rm"), reward)
     rows = data.load(cfg.data, "prompts", cfg.seed)
     asked = data.heldout_prompts(cfg, rows.test)
     taught = data.load(cfg.data, "sft", cfg.seed).train if "ptx_coef" in cfg.training else None
     from rlhf_recipes import PPOConfig, PPOTrainer, evaluation, models
+    from rlhf_recipes.guard.callback import watch
     from rlhf_recipes.roles import POLICY, REFERENCE
 
     layers = {"trunk": cfg.trunk, "frozen_top": cfg.frozen_top}
+    ensemble = {"reward_ensemble": cfg.reward.ensemble, "reward_spread_coef": cfg.reward.spread_coef}
     set_here = stage.arguments | {"reward_weights": reward.weights}
-    args = build(PPOConfig, cfg.training, **layers, **set_here, **models.precision(cfg))
+    args = build(PPOConfig, cfg.training, **layers, **ensemble, **set_here, **models.precision(cfg))
     data.check_batch(len(rows.train), args.generation_batch_size)
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
     policy = models.load_policy(cfg, stage.adapter("sft"))
     stage.check_base(models.fingerprint(policy))
 
     trainer = PPOTrainer(
-        policy, reward.functions, args, rows.train, asked, tokenizer, reward_adapter=reward.adapter, ptx_dataset=taught
+        policy, reward.functions, args, rows.train, asked, tokenizer, reward_adapter=reward.adapters, ptx_dataset=taught
     )
+    watched = watch(trainer, trainer.roles, tokenizer, cfg, unseen)
     terminal.progress(trainer, "ppo")
     trainer.train(resume_from_checkpoint=stage.resume_from)
 
-    figures = {"objective": trainer.state.best_metric, "stopped": trainer.stop_reason}
+    watched.save(stage.saving)
+    best = {args.metric_for_best_model or "objective": trainer.state.best_metric}
+    figures = best | {"stopped": trainer.stop_reason or watched.stop_reason} | watched.figures
     changes = evaluation.changes(cfg, asked, trainer.roles, tokenizer, {cfg.start: REFERENCE, "ppo": POLICY})
     log = trainer.state.log_history
     stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples, log=log)
@@ -49,10 +55,11 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 @recipe("ppo")
 def main(cfg: DictConfig) -> None:
     """Open the stage, and train unless it is finished."""
-    before = ["sft"] * (cfg.start == "sft") + ["rm"] * (cfg.reward.model == "run")
+    models = rewards.named_models(cfg.reward.model) + rewards.named_models(cfg.guard.model)
+    before = ["sft"] * (cfg.start == "sft") + ["rm"] * ("run" in models)
     parts = ["prompts"] + ["sft"] * ("ptx_coef" in cfg.training)
     read = {part: data.describe(cfg.data, part) for part in parts}
-    with Stage.open(cfg, "ppo", predecessors=before, data_fingerprint=read) as stage:
+    with Stage.open(cfg, "ppo", predecessors=before, others=rewards.folders(models), data_fingerprint=read) as stage:
         terminal.say(stage.message)
         if stage.state != "skip":
             train(cfg, stage)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf_recipes import evaluation
 from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.data.formats import render
-from rlhf_recipes.roles import HEAD_FILE, POLICY, REWARD, Episodes, Roles
+from rlhf_recipes.roles import HEAD_FILE, REWARD, Episodes, Roles
 
 SCALE_PROMPTS = 256
 """Samples that the scale of a reward model is measured on."""
@@ -130,8 +130,7 @@ def measure_scale(
     model is used.
     """
     roles = Roles(policy, trunk=0)
-    roles.add_copy(REWARD, POLICY)
-    roles.load(REWARD, folder)
+    roles.hold(REWARD, [folder])
     prompts = {str(prompt): {"prompt": prompt} for prompt in pairs.shuffle(seed=cfg.seed)[:4096]["prompt"]}
     made = evaluation.sample(
         roles.model,

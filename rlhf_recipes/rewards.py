@@ -1,5 +1,6 @@
 """Where PPO's reward comes from: a reward model, Python functions, an HTTP endpoint, or a weighted mix of them."""
 
+import glob
 import importlib
 import importlib.util
 import json
@@ -8,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from rlhf_recipes.errors import UserError
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: `f(prompts, completions, completion_ids, **columns_of_the_dataset) -> one score per completion`."""
 
+RUN = "run"
+"""The run's own reward model, where a folder is asked for."""
+ADAPTER_CONFIG = "adapter_config.json"
 EXAMPLE = """def brevity(completions, **kwargs):
     return [-len(completion) / 100 for completion in completions]"""
 RETRIES, FIRST_WAIT, TIMEOUT = 3, 1.0, 60.0  # of an endpoint; seconds
@@ -27,40 +31,49 @@ RETRIES, FIRST_WAIT, TIMEOUT = 3, 1.0, 60.0  # of an endpoint; seconds
 
 @dataclass
 class Rewards:
-    """What `PPOTrainer` takes: the adapter first, then models and functions, with one weight for each."""
+    """What `PPOTrainer` takes: the adapters first, as one, then models and functions, with one weight for each."""
 
-    adapter: Path | None = None
+    adapters: list[Path] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
 
 
-def from_config(cfg: DictConfig, run_model: Path | None) -> Rewards:
-    """The rewards that the `reward` section asks for.
+def from_config(cfg: DictConfig, run_model: Path | None, section: str = "reward") -> Rewards:
+    """The rewards that a section asks for.
 
     Args:
         run_model: folder of the run's own reward model.
+        section: the name of `cfg`, for messages.
 
     Raises:
-        UserError: a function or file that is not there, not as many weights as sources, or a reward model at chance;
-            all faults in one message.
+        UserError: a function or file that is not there, not as many weights as sources, or a reward model that is no
+            adapter, stands twice in an ensemble, or is at chance; all faults in one message.
     """
     rewards, faults, weights = Rewards(), [], []
-    if cfg.model == "run":
-        rewards.adapter = run_model
-        if run_model is not None and (fault := at_chance(run_model, cfg.min_accuracy)):
-            faults.append(fault)
-    elif cfg.model is not None and (Path(cfg.model) / "adapter_config.json").exists():
-        rewards.adapter = Path(cfg.model)
-    elif cfg.model is not None:
-        rewards.functions.append(cfg.model)  # a sequence classifier, which TRL loads
-    weights += [1.0] * (cfg.model is not None)
+    models = named_models(cfg.model)
+    for model in models:
+        folder = run_model if model == RUN else Path(model)
+        if folder is not None and (model == RUN or (folder / ADAPTER_CONFIG).exists()):
+            rewards.adapters.append(folder)
+        elif len(models) > 1:
+            faults.append(
+                f"{section}.model: {model} is no reward adapter on this base (no {ADAPTER_CONFIG} in such a folder). "
+                "Of several models each is one more adapter; a classifier of its own is a second base in memory: use "
+                "it alone. Adapters come of other seeds: python -m recipes.rm -m run=<run> seed=1,2"
+            )
+        elif model != RUN:
+            rewards.functions.append(model)  # a sequence classifier, which TRL loads
+    if len(set(map(Path.resolve, rewards.adapters))) < len(rewards.adapters):
+        faults.append(f"{section}.model: a reward model stands there twice, and would agree with itself; name it once")
+    faults += [fault for path in rewards.adapters if (fault := at_chance(path, cfg.min_accuracy, section))]
+    weights += [1.0] * bool(models)
     for item in cfg.functions or []:
         entry = {"path": item} if isinstance(item, str) else dict(item)
         weight: Any = entry.get("weight", 1.0)
         weights.append(weight)
         if "path" not in entry or entry.keys() - {"path", "weight"} or not isinstance(weight, int | float):
             faults.append(
-                f"reward.functions: {entry}: want {{path: <module:function or file.py:function>, weight: 1.0}}"
+                f"{section}.functions: {entry}: want {{path: <module:function or file.py:function>, weight: 1.0}}"
             )
             continue
         try:
@@ -69,24 +82,43 @@ def from_config(cfg: DictConfig, run_model: Path | None) -> Rewards:
             faults.append(str(error))
     if cfg.url is not None:
         if not cfg.url.startswith(("http://", "https://")):
-            faults.append(f"reward.url={cfg.url}: want an address that begins with http:// or https://")
+            faults.append(f"{section}.url={cfg.url}: want an address that begins with http:// or https://")
         rewards.functions.append(endpoint(cfg.url))
         weights.append(1.0)
     rewards.weights = weights if cfg.weights is None else [float(weight) for weight in cfg.weights]
     if len(rewards.weights) != len(weights):
-        faults.append(f"reward.weights has {len(rewards.weights)} numbers for {len(weights)} sources of reward")
+        faults.append(f"{section}.weights has {len(rewards.weights)} numbers for {len(weights)} sources of reward")
     if faults:
         raise UserError("\n".join(faults))
     return rewards
 
 
-def at_chance(folder: Path, least: float) -> str | None:
+def named_models(model: str | Sequence[str] | None) -> list[str]:
+    """The reward models that `reward.model` names: `run`, folders, hub ids, and patterns such as `runs/mine/rm/*`.
+
+    A pattern stands for the adapters whose folders it matches, in the order of their names.
+    """
+    found = []
+    for name in [model] if isinstance(model, str) else model or ():
+        matched = sorted(glob.glob(name)) if glob.has_magic(name) else []
+        found += [folder for folder in matched if (Path(folder) / ADAPTER_CONFIG).exists()] or [name]
+    return found
+
+
+def folders(model: str | Sequence[str] | None) -> list[Path]:
+    """Those of the named reward models that are adapters in a folder of their own."""
+    return [Path(name) for name in named_models(model) if (Path(name) / ADAPTER_CONFIG).exists()]
+
+
+def at_chance(folder: Path, least: float, section: str = "reward") -> str | None:
     """What is wrong with a reward model that does not tell its raters' choice from the other answer; None if it does.
 
     Args:
         folder: of the stage that made it, with its `metrics.json`.
         least: accuracy that has to lie below the 95% interval of the model's; 0 asks for nothing.
     """
+    if not (folder / "metrics.json").exists():  # made elsewhere: nobody measured it
+        return None
     metrics = json.loads((folder / "metrics.json").read_text())
     accuracy, half_width = metrics["accuracy"]
     surely = accuracy - (math.inf if half_width is None else half_width)  # a single pair proves nothing
@@ -95,7 +127,7 @@ def at_chance(folder: Path, least: float) -> str | None:
     return (
         f"the reward model in {folder} agrees with its raters on {accuracy:.3f} ± {half_width or math.nan:.3f} of "
         f"{metrics['pairs']:,} held-out pairs, not surely above {least:g}: PPO would learn its noise. Train it on more "
-        "pairs or for longer (make rm ... overwrite=true), or insist by reward.min_accuracy=0."
+        f"pairs or for longer (make rm ... overwrite=true), or insist by {section}.min_accuracy=0."
     )
 
 

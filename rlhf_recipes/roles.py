@@ -6,6 +6,9 @@
     reward      `reward`    a scalar head
     value       `value`     a scalar head
 
+Reward models beyond the first of an ensemble are `reward_1`, `reward_2` ...; those that training does not see are
+`guard`, `guard_1` ...
+
 The *trunk* is the lower decoder layers: those in which all adapters are equal and none is trained. Its output is
 computed once for a batch and serves every role and every pass.
 """
@@ -14,7 +17,7 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl.trainer.utils import pad, selective_log_softmax, selective_log_softmax_and_entropy
 
+from rlhf_recipes.ensembles import Ensemble
 from rlhf_recipes.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-POLICY, REFERENCE, REWARD, VALUE = "default", "ref", "reward", "value"
+POLICY, REFERENCE, REWARD, VALUE, GUARD = "default", "ref", "reward", "value", "guard"
 """Adapter names. PEFT loads and saves `default` without being told, and TRL trains it."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -58,6 +62,7 @@ class Roles:
         self.model = model
         self.decoder: nn.Module = model.get_base_model().base_model
         self.heads: dict[str, nn.Linear] = {}
+        self.ensembles: dict[str, tuple[list[str], Ensemble]] = {}
         layers = getattr(self.decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList):
             logger.warning("%s has no list of decoder layers: no trunk is shared", type(self.decoder).__name__)
@@ -123,6 +128,40 @@ class Roles:
         if head is not None:
             scale = folder / HEAD_FILE
             self.add_head(adapter, head, **(json.loads(scale.read_text()) if scale.exists() else {}))
+
+    def hold(self, role: str, folders: Sequence[Path], ensemble: Ensemble | None = None) -> None:
+        """Add the reward model in a folder as a frozen role, or those in several as an ensemble: a role each.
+
+        Raises:
+            UserError: a folder holds no reward model, or one of another base, rank or set of target modules.
+        """
+        names = [member(role, index) for index in range(len(folders))]
+        for name, folder in zip(names, folders, strict=True):
+            self.add_copy(name, POLICY)
+            self.load(name, folder)
+            if name not in self.heads:
+                raise UserError(f"the adapter in {folder} has no scalar head: it is no reward model")
+        self.ensembles[role] = (names, ensemble or Ensemble())
+        self.activate(POLICY)
+
+    def share_trunk(self, role: str) -> None:
+        """Tie a held role's tensors to the policy's in those layers of the trunk where they are equal."""
+        for layer in self.layers[: self.frozen_layers]:
+            policy = self.layer_parameters(POLICY, [layer])
+            for name in self.members(role):
+                own = self.layer_parameters(name, [layer])
+                if all(torch.equal(own[key], tensor) for key, tensor in policy.items()):
+                    for key, tensor in policy.items():
+                        own[key].data = tensor.data
+
+    def members(self, role: str) -> list[str]:
+        """The adapters of a role: itself, or those of its ensemble."""
+        return self.ensembles[role][0] if role in self.ensembles else [role]
+
+    def combine(self, role: str, scores: Tensor) -> Tensor:
+        """The score of each episode (b,) by a role, from those of its members (m, b)."""
+        ensemble = self.ensembles[role][1] if role in self.ensembles else Ensemble()
+        return ensemble.combine(scores)
 
     def add_head(self, adapter: str, weight: Tensor | None = None, *, mean: float = 0.0, std: float = 1.0) -> nn.Linear:
         """Give the adapter a scalar head whose output is (w h - mean) / std; the weight (1, hidden) is zeros if None.
@@ -312,6 +351,11 @@ class Roles:
         if not torch.is_grad_enabled():
             return selective_log_softmax(logits, tokens, temperature), None
         return selective_log_softmax_and_entropy(logits, tokens, entropy_grad, temperature=temperature)
+
+
+def member(role: str, index: int) -> str:
+    """The name of a member of an ensemble, counted from 0: `reward`, `reward_1`, `reward_2` ..."""
+    return f"{role}_{index}" if index else role
 
 
 @dataclass

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_recipes.config import CONF, compose, schema
-from rlhf_recipes.config.options import GROUPS, RECIPES, TRAINING, groups, options
+from rlhf_recipes.config.options import GROUPS, ONLY, RECIPES, TRAINING, groups, options
 
 FILES = sorted(CONF.rglob("*.yaml"))
 OWN_DATA = ["data.sft.path=a.jsonl", "data.preferences.path=b.jsonl", "data.prompts.path=c.jsonl"]
@@ -18,6 +18,9 @@ NEEDED = {
     "judge/local": ["judge.model=org/model"],
     "judge/reward_model": ["judge.reward_model=runs/other/rm"],
     "judge/function": ["judge.function=rewards.py:brevity"],
+    "guard/function": ["guard.functions=[rewards.py:brevity]"],
+    "guard/reward_model": ["guard.model=runs/other/rm"],
+    "guard/url": ["guard.url=http://localhost:8000"],
     "reward/function": ["reward.functions=[rewards.py:brevity]"],
     "reward/url": ["reward.url=http://localhost:8000"],
 }
@@ -28,6 +31,8 @@ def commands(file: Path) -> list[tuple[str, list[str]]]:
     name = str(file.relative_to(CONF).with_suffix(""))
     folder, _, choice = name.rpartition("/")
     if not folder:
+        if choice == "guarded":
+            return [(recipe, ["guard=gold"]) for recipe in ONLY["guard"]]
         return [(recipe, []) for recipe in RECIPES if choice in (recipe, "common")]
     if folder.count("/"):  # sft/model/embedded.yaml: what a recipe trains differently
         recipe, group = folder.split("/")
@@ -40,7 +45,7 @@ def commands(file: Path) -> list[tuple[str, list[str]]]:
 def test_the_search_for_config_files_finds_them() -> None:
     assert len(FILES) > 35
     assert {file.relative_to(CONF).parts[0] for file in FILES if file.parent != CONF} == {*GROUPS, *TRAINING}
-    assert {file.stem for file in FILES if file.parent == CONF} == {"common", *RECIPES}
+    assert {file.stem for file in FILES if file.parent == CONF} == {"common", "guarded", *RECIPES}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CONF)))

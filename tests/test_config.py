@@ -378,3 +378,9 @@ def test_another_model_by_its_name_gets_none_of_the_embedded_ones_settings(recip
     assert compose(recipe, ["model.name_or_path=embedded"]) == compose(recipe)
     kept = compose(recipe, ["model=qwen2.5-0.5b", "model.name_or_path=org/model"])
     assert kept.model.eos_token == "<|im_end|>"
+
+
+def test_the_folder_of_a_sweep_needs_no_quotes_alone_and_in_a_list():
+    assert compose("ppo", ["reward.model=runs/a/rm/seed=1"]).reward.model == "runs/a/rm/seed=1"
+    model = compose("ppo", ["reward.model=[run,runs/a/rm/seed=1,'b c']"]).reward.model
+    assert list(model) == ["run", "runs/a/rm/seed=1", "b c"]

@@ -67,6 +67,11 @@ def test_a_report_takes_the_args_of_the_stages_on_its_line(make):
     assert output.splitlines()[1] == "<-m><recipes.report><run=mine><lora.r=32>"
 
 
+def test_curves_get_their_betas_and_the_args_of_their_stages(make):
+    output = make("overoptimization", "ARGS=run=mine", "BETAS=0,0.1", "RM_ARGS=a=1", "PPO_ARGS=b=2 c=3").stdout
+    assert output == "<-m><recipes.overoptimization><beta=0,0.1><run=mine><--sft><--rm><a=1><--ppo><b=2><c=3>\n"
+
+
 def test_stages_run_in_the_order_of_the_line_also_in_parallel(make):
     output = make("-j", "8", "ppo", "dpo", "sft").stdout
     assert re.findall(r"recipes\.(\w+)", output) == ["ppo", "dpo", "sft"]

@@ -17,7 +17,7 @@ from rlhf_recipes.errors import UserError
 from rlhf_recipes.plan.command import Asked, advice, parse, with_overrides
 from rlhf_recipes.plan.dry_run import dry_run, without_data
 from rlhf_recipes.plan.overrides import _moves, overrides_that_fit
-from rlhf_recipes.plan.passes import Passes
+from rlhf_recipes.plan.passes import Passes, adapters
 from rlhf_recipes.plan.shapes import PRESETS, model_config
 from rlhf_recipes.plan.stages import base_dtype, phases, plan, training_arguments
 
@@ -328,3 +328,11 @@ def test_the_table_has_a_line_for_each_stage_and_no_weights_are_loaded(small, ca
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["GB", "sft", "rm", "dpo", "ppo"] and len(peaks) == 4
     assert all(" yes " in line for line in lines[1:5])
+
+
+def test_each_reward_model_and_each_guard_is_one_more_adapter():
+    several = ["reward.model=[run,runs/a/rm]", "guard=reward_model", "guard.model=[runs/b/rm,runs/c/rm]"]
+    held = ["default", "ref", "value", "reward", "reward_1", "guard", "guard_1"]
+    assert adapters("ppo", compose("ppo", several)) == held
+    assert adapters("dpo", compose("dpo", several[1:])) == ["default", "ref", "guard", "guard_1"]
+    assert adapters("ppo", compose("ppo")) == ["default", "ref", "value", "reward"]

@@ -63,16 +63,25 @@ def make_trainer(tmp_path, tiny_policy, tokenizer, prompts):
 
 
 @pytest.fixture
-def reward_adapter(tiny_policy, tmp_path):
-    """Folder of a reward model: the policy's adapter moved in its upper layers, with a head."""
-    roles = Roles(tiny_policy(), trunk=0.5)
-    roles.add_copy(REWARD, POLICY)
-    torch.manual_seed(5)
-    roles.add_head(REWARD, torch.randn(1, 32))
-    for parameter in roles.layer_parameters(REWARD, roles.layers[2:]).values():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    roles.save_scalar(REWARD, tmp_path / "reward")
-    return tmp_path / "reward"
+def make_reward_adapter(tiny_policy, tmp_path):
+    """A function that gives the folder of a reward model: the policy's adapter, its upper layers moved, and a head."""
+
+    def make(seed):
+        roles = Roles(tiny_policy(), trunk=0.5)
+        roles.add_copy(REWARD, POLICY)
+        torch.manual_seed(seed)
+        roles.add_head(REWARD, torch.randn(1, 32))
+        for parameter in roles.layer_parameters(REWARD, roles.layers[2:]).values():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        roles.save_scalar(REWARD, tmp_path / f"reward{seed}")
+        return tmp_path / f"reward{seed}"
+
+    return make
+
+
+@pytest.fixture
+def reward_adapter(make_reward_adapter):
+    return make_reward_adapter(5)
 
 
 def weights(trainer, *adapters):
@@ -369,6 +378,40 @@ def test_the_reward_adapter_scores_what_the_policy_wrote(make_trainer, reward_ad
     assert together == pytest.approx(alone, rel=1e-4)
 
 
+@pytest.mark.parametrize("how", ["mean", "worst", "mean_minus_std"])
+def test_an_ensemble_pays_what_its_members_scores_come_to(make_trainer, make_reward_adapter, monkeypatch, how):
+    scored, scores_of = [], PPOTrainer._member_scores
+    monkeypatch.setattr(PPOTrainer, "_member_scores", lambda *args: scored.append(scores_of(*args)) or scored[-1])
+    folders = [make_reward_adapter(seed) for seed in (5, 6, 7)]
+    settings = {"reward_ensemble": how, "reward_spread_coef": 0.5, "max_steps": 1}
+    trainer = make_trainer(reward_adapter=folders, reward_funcs=None, **settings)
+    trainer.train()
+    scores = torch.stack(scored).numpy()
+    paid = {
+        "mean": scores.mean(0),
+        "worst": scores.min(0),
+        "mean_minus_std": scores.mean(0) - 0.5 * scores.std(0),
+    }
+    assert scores.shape == (3, 16)
+    assert history(trainer, "reward")[0] == pytest.approx(paid[how].mean(), abs=1e-5)
+    assert history(trainer, "members/spread")[0] == pytest.approx(scores.std(0).mean(), abs=1e-5)
+    assert [history(trainer, f"members/{name}")[0] for name in ("reward", "reward_1", "reward_2")] == [
+        pytest.approx(row.mean(), abs=1e-5) for row in scores
+    ]
+    assert trainer.roles.trunk_layers == 2
+
+
+def test_an_ensemble_of_one_equals_the_plain_reward_model_bit_for_bit(make_trainer, tiny_policy, reward_adapter):
+    settings = {"reward_funcs": None, "reward_ensemble": "mean_minus_std"}
+    plain = make_trainer(tiny_policy(), reward_adapter=reward_adapter, reward_funcs=None)
+    one = make_trainer(tiny_policy(), reward_adapter=[reward_adapter], **settings)
+    for trainer in (plain, one):
+        trainer.train()
+    assert not moved(weights(plain, POLICY, VALUE), weights(one, POLICY, VALUE))
+    assert history(plain, "reward") == history(one, "reward")
+    assert not history(one, "members/reward")
+
+
 def test_rewards_of_a_model_and_functions_add_up_by_weight(make_trainer, reward_adapter):
     async def length(completions, **kwargs):
         return [float(len(completion.split())) for completion in completions]
@@ -483,6 +526,19 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(make_trainer, tiny_pol
     assert not moved(weights(unbroken, POLICY, VALUE), weights(resumed, POLICY, VALUE))
     assert history(resumed, "reward") == history(unbroken, "reward")
     assert unbroken.kl.coef == resumed.kl.coef
+
+
+def test_a_resumed_run_with_an_ensemble_equals_an_unbroken_one(
+    make_trainer, make_reward_adapter, tiny_policy, tmp_path
+):
+    folders = [make_reward_adapter(seed) for seed in (5, 6)]
+    settings = {"reward_adapter": folders, "reward_ensemble": "worst", "save_strategy": "steps", "save_steps": 2}
+    unbroken = make_trainer(tiny_policy(), output_dir=str(tmp_path / "a"), **settings)
+    unbroken.train()
+    resumed = make_trainer(tiny_policy(), output_dir=str(tmp_path / "b"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert not moved(weights(unbroken, POLICY, VALUE), weights(resumed, POLICY, VALUE))
+    assert history(resumed, "members/reward_1") == history(unbroken, "members/reward_1")
 
 
 def test_a_checkpoint_holds_policy_critic_and_state_and_no_frozen_role(make_trainer, reward_adapter, tmp_path):

@@ -25,7 +25,7 @@ DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SOURCES = sorted([*(ROOT / "recipes").glob("*.py"), *(ROOT / "rlhf_recipes").glob("*.py"), *CONF.rglob("*.yaml")])
 TARGETS = set(re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split())
 COMMAND = re.compile(r"^\s*(?:#\s*)?((?:make|python -m recipes\.\w+) .*)$")
-VARIABLES = {"ARGS": {*RECIPES, "report"}, "CARD": {"plan"}} | {
+VARIABLES = {"ARGS": {*RECIPES, "report"}, "CARD": {"plan"}, "BETAS": {"overoptimization"}} | {
     f"{recipe.upper()}_ARGS": {recipe} for recipe in RECIPES
 }
 
@@ -57,6 +57,8 @@ def recipes_of(command):
     assert targets and set(targets) <= TARGETS, command
     if "plan" in targets:  # it looks at every stage
         targets += TRAINING
+    if "overoptimization" in targets:
+        targets += ["sft", "rm", "ppo"]
     if targets == ["report"]:  # it takes what a recipe takes
         return [("sft", shlex.split(variables.get("ARGS", "")))]
     assert variables.keys() <= VARIABLES.keys(), command

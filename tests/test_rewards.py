@@ -103,13 +103,13 @@ def test_what_cannot_be_read_is_refused_with_its_path_and_why(folder, path, mess
 
 def test_the_runs_own_reward_model_is_the_default(tmp_path):
     found = from_config(ppo(), measured(tmp_path, 0.63, 0.02))
-    assert (found.adapter, found.functions, found.weights) == (tmp_path, [], [1.0])
+    assert (found.adapters, found.functions, found.weights) == ([tmp_path], [], [1.0])
 
 
 def test_functions_come_with_their_weights_and_without_one_count_as_one(folder):
     functions = "reward.functions=[{path: my_rewards.py:brevity, weight: 0.25}, my_rewards.py:praise]"
     found = from_config(ppo("reward=function", functions), None)
-    assert found.adapter is None
+    assert found.adapters == []
     assert [f.__name__ for f in found.functions] == ["brevity", "praise"]
     assert found.weights == [0.25, 1.0]
 
@@ -117,16 +117,16 @@ def test_functions_come_with_their_weights_and_without_one_count_as_one(folder):
 def test_a_mix_is_model_functions_and_endpoint_in_this_order(folder):
     cfg = ppo("reward.functions=[my_rewards.py:brevity]", "reward.url=http://localhost:1", "reward.weights=[1,0.5,2]")
     found = from_config(cfg, measured(folder, 0.63, 0.02))
-    assert found.adapter == folder
+    assert found.adapters == [folder]
     assert [f.__name__ for f in found.functions] == ["brevity", "http_reward"]
     assert found.weights == [1.0, 0.5, 2.0]
 
 
 def test_an_adapter_in_a_folder_is_the_reward_adapter_and_another_model_is_left_to_trl(folder):
     (folder / "adapter_config.json").write_text("{}")
-    assert from_config(ppo(f"reward.model={folder}"), None).adapter == folder
+    assert from_config(ppo(f"reward.model={folder}"), None).adapters == [folder]
     found = from_config(ppo("reward.model=org/reward-model"), None)
-    assert (found.adapter, found.functions, found.weights) == (None, ["org/reward-model"], [1.0])
+    assert (found.adapters, found.functions, found.weights) == ([], ["org/reward-model"], [1.0])
 
 
 def test_weights_that_do_not_match_the_sources_are_refused_with_both_numbers(folder):
@@ -159,6 +159,72 @@ def test_a_misspelt_or_wrong_entry_is_refused_and_not_ignored(folder, functions,
         from_config(ppo("reward=function", f"reward.functions={functions}"), None)
 
 
+# ---- an ensemble
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """The folder of a sweep of reward models, as `python -m recipes.rm -m run=mine seed=1,2` leaves it."""
+    for seed in (1, 2):
+        member = tmp_path / "mine" / "rm" / f"seed={seed}"
+        member.mkdir(parents=True)
+        (member / "adapter_config.json").write_text("{}")
+        measured(member, 0.68, 0.02)
+    (tmp_path / "mine" / "rm" / "checkpoints").mkdir()
+    return tmp_path / "mine" / "rm"
+
+
+def test_the_runs_model_and_a_sweep_of_others_are_one_source_of_reward(seeds):
+    found = from_config(ppo(f"reward.model=[run,'{seeds}/seed=2','{seeds}/seed=1']"), measured(seeds, 0.63, 0.02))
+    assert found.adapters == [seeds, seeds / "seed=2", seeds / "seed=1"]
+    assert found.weights == [1.0]
+
+
+def test_a_pattern_stands_for_the_adapters_it_matches(seeds):
+    found = from_config(ppo(f"reward.model=[run,{seeds}/*]"), measured(seeds, 0.63, 0.02))
+    assert found.adapters == [seeds, seeds / "seed=1", seeds / "seed=2"]
+    assert from_config(ppo(f"reward.model={seeds}/*"), None).adapters == [seeds / "seed=1", seeds / "seed=2"]
+    assert rewards.folders([f"{seeds}/*", "run", "org/rm"]) == [seeds / "seed=1", seeds / "seed=2"]
+
+
+def test_a_list_of_one_is_that_model(seeds):
+    assert from_config(ppo("reward.model=[run]"), measured(seeds, 0.63, 0.02)).adapters == [seeds]
+    assert from_config(ppo("reward.model=[org/reward-model]"), None).functions == ["org/reward-model"]
+
+
+def test_a_classifier_among_several_is_refused_with_the_reason(seeds):
+    with pytest.raises(UserError) as error:
+        from_config(ppo(f"reward.model=[org/reward-model,{seeds}/*]"), None)
+    message = str(error.value)
+    assert "org/reward-model is no reward adapter on this base" in message
+    assert "a second base in memory" in message
+    assert "python -m recipes.rm -m run=<run> seed=1,2" in message
+
+
+def test_a_pattern_that_matches_nothing_is_refused_among_several(seeds):
+    with pytest.raises(UserError, match=r"nothing/\* is no reward adapter"):
+        from_config(ppo(f"reward.model=[{seeds}/*,{seeds}/nothing/*]"), None)
+
+
+def test_a_member_at_chance_is_refused_by_name_unless_insisted_on(seeds):
+    measured(seeds / "seed=2", 0.5, 0.02)
+    with pytest.raises(UserError, match=f"the reward model in {seeds / 'seed=2'} agrees with its raters on 0.500"):
+        from_config(ppo(f"reward.model=[run,{seeds}/*]"), measured(seeds, 0.63, 0.02))
+    insisted = ppo(f"reward.model=[run,{seeds}/*]", "reward.min_accuracy=0")
+    assert len(from_config(insisted, measured(seeds, 0.63, 0.02)).adapters) == 3
+
+
+def test_a_member_that_stands_there_twice_is_refused(seeds):
+    with pytest.raises(UserError, match="twice, and would agree with itself"):
+        from_config(ppo(f"reward.model=['{seeds}/seed=1','{seeds}/../rm/seed=1']"), None)
+
+
+@pytest.mark.parametrize("how", ["median", "Mean"])
+def test_a_way_to_combine_that_does_not_exist_is_refused(how):
+    with pytest.raises(UserError, match="expected one of mean, worst, mean_minus_std"):
+        ppo(f"reward.ensemble={how}")
+
+
 # ---- a reward model at chance
 
 
@@ -188,14 +254,14 @@ def test_a_reward_model_at_chance_is_refused_with_the_figure_and_how_to_insist(t
 def test_a_good_reward_model_passes_and_is_refused_where_more_is_asked(tmp_path):
     folder = measured(tmp_path, 0.63, 0.02)
     for least in (0.5, 0.6):
-        assert from_config(ppo(f"reward.min_accuracy={least}"), folder).adapter == folder
+        assert from_config(ppo(f"reward.min_accuracy={least}"), folder).adapters == [folder]
     assert "not surely above 0.62" in refused(folder, "reward.min_accuracy=0.62")
 
 
 @pytest.mark.parametrize(("accuracy", "half_width"), [(0.49, 0.02), (0.2, 0.3), (0.0, 0.0), (0.0, float("nan"))])
 def test_a_minimum_of_0_insists_however_bad_the_reward_model_is(tmp_path, accuracy, half_width):
     folder = measured(tmp_path, accuracy, half_width, pairs=5)
-    assert from_config(ppo("reward.min_accuracy=0"), folder).adapter == folder
+    assert from_config(ppo("reward.min_accuracy=0"), folder).adapters == [folder]
 
 
 def test_one_held_out_pair_proves_nothing(tmp_path):

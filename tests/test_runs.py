@@ -389,6 +389,24 @@ def test_a_finished_stage_is_skipped_when_its_predecessor_was_cleared_away(confi
     assert opened(config(), "rm", "sft").state == "skip"
 
 
+def test_an_adapter_of_another_run_is_checked_and_noted_as_a_predecessor_is(config, tmp_path):
+    other, foreign = made(config(run="other"), "rm", text="w2").path, tmp_path / "from_elsewhere"
+    foreign.mkdir()
+
+    def open_ppo(*others, **changes):
+        return Stage.open(config(**changes), "ppo", others=others, data_fingerprint=DATA, overrides=["run=mine"])
+
+    with open_ppo(other, foreign) as stage:
+        assert stage.manifest["predecessors"] == {str(other): read_manifest(other)["fingerprint"]}
+        with pytest.raises(UserError, match=f"{other}: b1"):
+            stage.check_base("b2")
+        stage.finish({}, save=weights("p"), base_fingerprint="b1")
+    assert open_ppo(other, foreign).state == "skip"
+    (other / "adapter_model.safetensors").write_text("ww")
+    with pytest.raises(UserError, match="safetensors has changed"):
+        open_ppo(other, run="new")
+
+
 def test_a_predecessor_with_changed_weights_is_refused(config):
     stage = made(config(), "sft")
     (stage.path / "adapter_model.safetensors").write_text("W")  # same size

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -142,7 +143,7 @@ def _rewritten(recipe: str, overrides: Sequence[str], *, multirun: bool) -> tupl
     """
     accepted: dict[str, list[str]] = {}
     faults = []
-    for text in overrides:
+    for text in map(_quoted, overrides):
         if text.startswith("--"):
             faults.append(f"{text}: no such flag; options have no dashes: key=value")
             continue
@@ -176,6 +177,12 @@ def _rewritten(recipe: str, overrides: Sequence[str], *, multirun: bool) -> tupl
             accepted.pop(text, None)  # the last word on a key counts, also where it repeats the first
             accepted[text] = [f"++{key}={value}" for value in swept] or [text]
     return accepted, faults
+
+
+def _quoted(text: str) -> str:
+    """An override whose values with an equals sign, such as folders of sweeps, are in the quotes that Hydra wants."""
+    key, sign, value = text.partition("=")
+    return key + sign + re.sub(r"(^|[\[,])([^\[\]{},'\"]*=[^\[\]{},'\"]*)(?=$|[\],])", r"\1'\2'", value)
 
 
 def _choices(group: str) -> list[str]:

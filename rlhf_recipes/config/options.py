@@ -22,9 +22,9 @@ TRAINING = {
 RECIPES = TRAINING | {"eval": "transformers.TrainingArguments"}  # what one ARGS says of training, eval leaves alone
 
 READS = {"sft": "sft", "rm": "preferences", "dpo": "preferences", "ppo": "prompts"}  # which part of `data`
-GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "rollouts", "judge", "experiment")
-SECTIONS = ("reward", "eval", "judge")  # of the config, that only some recipes have
-ONLY = {"reward": ("ppo",), "rollouts": ("ppo",), "eval": ("eval",), "judge": ("eval",)}
+GROUPS = ("model", "data", "quantization", "lora", "hardware", "reward", "rollouts", "guard", "judge", "experiment")
+SECTIONS = ("reward", "guard", "eval", "judge")  # of the config, that only some recipes have
+ONLY = {"reward": ("ppo",), "rollouts": ("ppo",), "guard": ("dpo", "ppo"), "eval": ("eval",), "judge": ("eval",)}
 """The recipes of a section or group that not all have."""
 
 DASHBOARDS = ("tensorboard", "trackio", "wandb")
@@ -99,7 +99,19 @@ class Data:
 class Reward:
     """Where PPO's reward comes from. Several sources are added up."""
 
-    model: str | None = field(default=None, metadata={"help": "Reward model: `run` (the run's), a folder or a hub id."})
+    model: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Reward model: `run` (the run's), a folder or a hub id; or a list of reward adapters on this base, "
+            "an ensemble. `runs/mine/rm/*` stands for those whose folders match."
+        },
+    )
+    ensemble: Literal["mean", "worst", "mean_minus_std"] = field(
+        default="mean", metadata={"help": "How the scores of several reward adapters become one."}
+    )
+    spread_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the members' spread in `mean_minus_std`. Higher: more cautious."}
+    )
     functions: list[Any] | None = field(
         default=None,
         metadata={
@@ -113,6 +125,27 @@ class Reward:
     min_accuracy: float = field(
         default=0.5,
         metadata={"help": "Refuse the run's reward model unless its accuracy is surely above this. 0 insists."},
+    )
+
+
+@dataclass
+class Guard(Reward):
+    """A second scorer, which training never sees, with the sources of a reward: it tells when the two part."""
+
+    gold: bool = field(default=False, metadata={"help": "The embedded world's truth."})
+    prompts: int = field(default=100, metadata={"help": "Held-out prompts to answer at each evaluation."})
+    samples: int = field(
+        default=2, metadata={"help": "Completions of each prompt. More: a smaller fall is seen, and it takes longer."}
+    )
+    tolerance: float = field(
+        default=0.05,
+        metadata={
+            "help": "How far the score may fall below its best, in its own unit (a reward model's is the spread of its "
+            "scores on SFT samples). Higher: later, and fewer false alarms."
+        },
+    )
+    stop: bool = field(
+        default=False, metadata={"help": "Stop when the score has turned down, and finish with the best checkpoint."}
     )
 
 
@@ -203,6 +236,8 @@ DECIDED = {
     "training.pad_token": "use model.pad_token",
     "training.trunk": "use trunk",
     "training.frozen_top": "use frozen_top",
+    "training.reward_ensemble": "use reward.ensemble",
+    "training.reward_spread_coef": "use reward.spread_coef",
     "lora.task_type": "each recipe sets it by what it trains",
     "lora.peft_type": "it is LORA",
     "lora.inference_mode": "each recipe sets it",
@@ -315,6 +350,16 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
     if "reward.model" in values and not any(values.get(f"reward.{source}") for source in ("model", "functions", "url")):
         found.append("reward: it comes from nowhere; set reward.model, reward.functions or reward.url")
     evaluates = values.get("training.eval_strategy", "no") != "no"
+    if any(values.get(f"guard.{source}") for source in ("gold", "model", "functions", "url")):
+        if values.get("guard.prompts", 2) < 2:
+            found.append(f"guard.prompts={values['guard.prompts']}: at least 2; guard=none for no guard")
+        if values.get("guard.samples", 2) < 2:
+            found.append(
+                f"guard.samples={values['guard.samples']}: at least 2; on one half of them the best evaluation is "
+                "chosen, on the other measured"
+            )
+        if not evaluates:
+            found.append("guard: it looks at every evaluation, and there are none; add training.eval_strategy=steps")
     if "reward.model" in values and evaluates and values.get("evaluation.prompts") == 0:
         found.append(
             "evaluation.prompts=0: PPO has no held-out prompts to score while it trains; add training.eval_strategy=no "

@@ -55,17 +55,19 @@ def load(cfg_data: Any, stage: str, seed: int) -> Loaded:
     return Loaded(_dataset(train), _dataset(test))
 
 
-def heldout_prompts(cfg: Any, test: "Dataset | None" = None) -> "Dataset | None":
+def heldout_prompts(cfg: Any, test: "Dataset | None" = None, count: int | None = None) -> "Dataset | None":
     """`evaluation.prompts` of the held-out prompts, the same in every stage; None where the data have no prompts.
 
     Args:
         cfg: the config of a recipe.
         test: the held-out part of the prompts, where it is loaded already.
+        count: another number of them.
     """
-    if not cfg.evaluation.prompts or not source_nodes(cfg.data, "prompts"):
+    count = cfg.evaluation.prompts if count is None else count
+    if not count or not source_nodes(cfg.data, "prompts"):
         return None
     rows = (load(cfg.data, "prompts", cfg.seed).test if test is None else test).shuffle(seed=cfg.seed)
-    return rows.select(range(min(cfg.evaluation.prompts, len(rows))))
+    return rows.select(range(min(count, len(rows))))
 
 
 def describe(cfg_data: Any, stage: str) -> dict[str, Any]:

@@ -14,14 +14,18 @@ from rlhf_recipes.roles import REWARD, Episodes, Roles
 def rewards(
     roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample], batch_size: int, role: str = REWARD
 ) -> list[float]:
-    """The score of each sample by a reward role."""
+    """The score of each sample by a reward role, or by its ensemble."""
 
     def score(batch: Sequence[Sample]) -> list[float]:
         episodes = _episodes(roles, tokenizer, batch)
-        return roles.scores(episodes.input_ids, episodes.attention_mask, tokenizer.pad_token_id, role).tolist()
+        scores = []
+        for member in roles.members(role):
+            with roles.active(member):
+                scored = roles.scores(episodes.input_ids, episodes.attention_mask, tokenizer.pad_token_id, member)
+                scores.append(scored)
+        return roles.combine(role, torch.stack(scores)).tolist()
 
-    with roles.active(role):
-        return by_batches(made, batch_size, score)
+    return by_batches(made, batch_size, score)
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from trl.kernels import chunked_logprob
 from rlhf_recipes.models import keep_gradients_off_inputs
 from rlhf_recipes.plan.dry_run import Meter, dry_run, skeleton, without_data
 from rlhf_recipes.plan.shapes import model_config
-from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Roles
+from rlhf_recipes.rewards import named_models
+from rlhf_recipes.roles import GUARD, POLICY, REFERENCE, REWARD, VALUE, Roles, member
 
 TILE = 32768  # columns of logits that TRL's fused LM head holds at once
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name changed
@@ -23,9 +24,12 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 
 def adapters(stage: str, cfg: DictConfig) -> list[str]:
     """The adapters that a stage holds, the trained one first."""
-    if stage == "ppo":
-        return [POLICY, REFERENCE, VALUE, *[REWARD] * (cfg.reward.model is not None)]
-    return [POLICY, REFERENCE] if stage == "dpo" else [POLICY]
+    if stage not in ("ppo", "dpo"):
+        return [POLICY]
+    judged = [member(GUARD, i) for i in range(len(named_models(cfg.guard.model)))]
+    if stage == "dpo":
+        return [POLICY, REFERENCE, *judged]
+    return [POLICY, REFERENCE, VALUE, *(member(REWARD, i) for i in range(len(named_models(cfg.reward.model)))), *judged]
 
 
 class Passes:

@@ -7,6 +7,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from rlhf_recipes.config.options import VLLM_IS_MISSING
+from rlhf_recipes.ensembles import ENSEMBLES
 
 _REFUSED = {
     "scale_rewards": "advantages come from a critic, not from groups; see whiten_advantages and whiten_rewards",
@@ -88,6 +89,16 @@ class PPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "Subtracted from the score of a completion that was cut at max_completion_length."},
     )
+    reward_ensemble: str = field(
+        default="mean",
+        metadata={
+            "help": "How several reward adapters score an episode: `mean`, `worst` (the lowest of their scores) or "
+            "`mean_minus_std` (the mean less reward_spread_coef times their spread)."
+        },
+    )
+    reward_spread_coef: float = field(
+        default=1.0, metadata={"help": "Weight of the spread in `mean_minus_std`. Higher: more cautious."}
+    )
     gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of GAE for the policy's advantages."})
 
@@ -114,8 +125,9 @@ class PPOConfig(GRPOConfig):
     value_init: str = field(
         default="reward",
         metadata={
-            "help": "Where the critic starts: `reward` (copy of the reward adapter and head), `sft` (copy of the "
-            "policy, zero head), or the folder of a saved critic. Without a reward adapter, `reward` is `sft`."
+            "help": "Where the critic starts: `reward` (copy of the reward adapter and head; of several, the first), "
+            "`sft` (copy of the policy, zero head), or the folder of a saved critic. Without a reward adapter, "
+            "`reward` is `sft`."
         },
     )
     freeze_value: bool = field(
@@ -206,6 +218,8 @@ def _faults(args: PPOConfig) -> list[str]:
         "kl_target": (args.kl_target is None or args.kl_target > 0, "positive or null"),
         "target_kl": (args.target_kl is None or args.target_kl > 0, "positive or null"),
         "kl_budget": (args.kl_budget is None or args.kl_budget > 0, "positive or null"),
+        "reward_ensemble": (args.reward_ensemble in ENSEMBLES, f"one of {', '.join(ENSEMBLES)}"),
+        "reward_spread_coef": (args.reward_spread_coef >= 0, "0 or more"),
         "reward_clip": (args.reward_clip is None or args.reward_clip > 0, "positive or null"),
         "rollout_batch_size": (args.rollout_batch_size is None or args.rollout_batch_size >= 1, "at least 1, or null"),
     }

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.backoff import back_off, in_chunks, until_it_fits
 from rlhf_recipes.data.formats import render
+from rlhf_recipes.ensembles import Ensemble, spread
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.ppo.advantages import (
     KLController,
@@ -71,8 +72,8 @@ class PPOTrainer(GRPOTrainer):
             model id together with `peft_config` (the reference is the model itself).
         reward_funcs: TRL's: functions, model ids or sequence classifiers. Not needed where there is a `reward_adapter`.
         args: a `PPOConfig`.
-        reward_adapter: folder of a reward model trained as a LoRA adapter with a `score` head on this base. In
-            `reward_weights` it comes first.
+        reward_adapter: folder of a reward model trained as a LoRA adapter with a `score` head on this base; or folders
+            of several, an ensemble that `reward_ensemble` combines. In `reward_weights` it comes first, as one.
         ptx_dataset: rows of `prompt` and `completion` for the SFT loss; needed where `ptx_coef` is not 0.
 
     Raises:
@@ -95,7 +96,7 @@ class PPOTrainer(GRPOTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         peft_config: PeftConfig | None = None,
-        reward_adapter: str | Path | None = None,
+        reward_adapter: str | Path | Sequence[str | Path] | None = None,
         ptx_dataset: Dataset | None = None,
         **kwargs: Any,
     ):
@@ -112,7 +113,9 @@ class PPOTrainer(GRPOTrainer):
                 f"ptx_coef={args.ptx_coef} needs a ptx_dataset: the demonstrations whose SFT loss it weighs"
             )
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
-        if reward_adapter is not None:
+        one = [reward_adapter] if isinstance(reward_adapter, str | Path) else reward_adapter
+        adapters = [Path(folder) for folder in one or ()]
+        if adapters:
             funcs = [self.reward_model, *funcs]
         _align_with_iterations(args)
 
@@ -138,7 +141,7 @@ class PPOTrainer(GRPOTrainer):
                 "top_p, top_k or min_p cut the distribution that completions are sampled from, but the policy is "
                 "scored without the cut: the ratio is biased"
             )
-        self.roles = self._assign_roles(None if reward_adapter is None else Path(reward_adapter))
+        self.roles = self._assign_roles(adapters)
         self.kl = KLController(beta, args.kl_target, args.kl_horizon)
         self.critic_ready = args.freeze_value or args.value_warmup_max_iterations == 0
         self.warmed_up_iterations = 0
@@ -153,19 +156,16 @@ class PPOTrainer(GRPOTrainer):
         self._rollout_batch_size, self._score_batch_size = args.rollout_batch_size, args.per_device_train_batch_size
         back_off(self)
 
-    def _assign_roles(self, reward_adapter: Path | None) -> Roles:
+    def _assign_roles(self, reward_adapters: list[Path]) -> Roles:
         """Add reference, reward and value to the policy, and settle what trains."""
         args, model = self.args, self.model
         if str(model.peft_config[POLICY].init_lora_weights).lower().startswith(("pissa", "milora")):
             logger.warning("PiSSA and MiLoRA initializations are reported to collapse in RL (arXiv 2512.23165)")
         roles = Roles(model, args.trunk, args.frozen_top)
         roles.add_copy(REFERENCE, POLICY)
-        if reward_adapter is not None:
-            roles.add_copy(REWARD, POLICY)
-            roles.load(REWARD, reward_adapter)
-            if REWARD not in roles.heads:
-                raise UserError(f"the adapter in {reward_adapter} has no scalar head: it is no reward model")
-        if args.value_init == "reward" and reward_adapter is not None:
+        if reward_adapters:
+            roles.hold(REWARD, reward_adapters, Ensemble(args.reward_ensemble, args.reward_spread_coef))
+        if args.value_init == "reward" and reward_adapters:
             roles.add_copy(VALUE, REWARD)
             roles.add_head(VALUE).load_state_dict(roles.heads[REWARD].state_dict())
         else:
@@ -303,13 +303,25 @@ class PPOTrainer(GRPOTrainer):
         return logps, entropies, None
 
     def reward_model(self, **kwargs: Any) -> list[float]:
-        """Scores of the current episodes by the reward adapter: a reward function as TRL knows them."""
+        """Scores of the current episodes by the reward adapter or adapters: a reward function as TRL knows them."""
+        members = self.roles.members(REWARD)
+        with torch.no_grad(), self.accelerator.autocast():
+            scores = torch.stack([self._member_scores(member) for member in members])
+        if len(members) > 1:
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for member, row in zip(members, scores, strict=True):
+                metrics[f"members/{member}"].append(self._mean(row))
+            metrics["members/spread"].append(self._mean(spread(scores)))
+        return self.roles.combine(REWARD, scores).tolist()
+
+    def _member_scores(self, member: str) -> Tensor:
+        """Scores (b,) of the current episodes by one reward adapter."""
 
         def scores(input_ids: Tensor, attention_mask: Tensor, _: int) -> Tensor:
-            return self.roles.scores(input_ids, attention_mask, self._tokenizer.pad_token_id)
+            return self.roles.scores(input_ids, attention_mask, self._tokenizer.pad_token_id, member)
 
-        with torch.no_grad(), self.accelerator.autocast(), self.roles.active(REWARD):
-            return self._rollout.join(self._compute(self._rollout, scores)).tolist()
+        with self.roles.active(member):
+            return self._rollout.join(self._compute(self._rollout, scores))
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: list[Any], completion_ids: Any) -> Tensor:
         with self._timed("reward"):

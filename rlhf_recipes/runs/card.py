@@ -20,7 +20,9 @@ def model_card(chain: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]) -
     stage = last["stage"]
     base = last["config"].get("model", {}).get("name_or_path", "unknown")
     memory = ", ".join(f"{kind} {mb} MB" for kind, mb in last["peak_memory"].items())
-    lineage = {"base": last.get("base") or "unknown"} | {m["stage"]: m["fingerprint"] for m in chain}
+    lineage = {"base": last.get("base") or "unknown"}
+    for m in chain:  # the members of an ensemble of reward models differ in their seeds
+        lineage[f"{m['stage']}, seed {m['seed']}" if m["stage"] in lineage else m["stage"]] = m["fingerprint"]
     sections = [
         f"---\nlibrary_name: peft\ntags: [rlhf-recipes, trl, lora, {stage}]\n---",
         f"# {last['run']}/{stage}",

@@ -72,6 +72,7 @@ class Stage:
         name: str,
         *,
         predecessors: Sequence[str] = (),
+        others: Sequence[Path] = (),
         data_fingerprint: Mapping[str, Any],
         overrides: Sequence[str] | None = None,
     ) -> Stage:
@@ -81,6 +82,8 @@ class Stage:
             cfg: the composed config (DictConfig or dict) with `run`, `runs_dir` and `overwrite`.
             name: the stage and its folder; the jobs of a sweep get a folder each below it.
             predecessors: stages of the same run that must be finished.
+            others: folders of further adapters that it reads: jobs of a sweep, stages of other runs. One that no stage
+                made is not looked into.
             data_fingerprint: what `data.describe` says of the data that this stage reads.
             overrides: the command line, for messages and the model card; Hydra's by default.
 
@@ -104,13 +107,15 @@ class Stage:
         }
         manifest = read_manifest(path)
         if manifest and manifest["status"] == "finished" and not overwrite:
-            there = {p: m for p in predecessors if (m := read_manifest(run / p)) and m["status"] == "finished"}
+            read = {p: run / p for p in predecessors} | {str(p): p for p in others}
+            there = {p: m for p, folder in read.items() if (m := read_manifest(folder)) and m["status"] == "finished"}
             wanted["predecessors"] = {p: m["fingerprint"] for p, m in there.items()}
             refuse_damage(path, manifest)
             refuse_differences(path, manifest, wanted)
             return cls(name, path, "skip", manifest, _skip_message(path, manifest))
 
         before = {p: _predecessor(run, p, wanted["overrides"], config) for p in predecessors}
+        before |= {str(p): Made.read(p) for p in others if read_manifest(p)}
         wanted["predecessors"] = {p: made.fingerprint for p, made in before.items()}
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -122,7 +127,12 @@ class Stage:
         if lock and not overwrite and (now := read_manifest(path)) and now["status"] == "finished":
             lock.close()  # another process finished it just before the lock was ours
             return cls.open(
-                cfg, name, predecessors=predecessors, data_fingerprint=data_fingerprint, overrides=overrides
+                cfg,
+                name,
+                predecessors=predecessors,
+                others=others,
+                data_fingerprint=data_fingerprint,
+                overrides=overrides,
             )
         stage = cls(name, path, "start", wanted, "", predecessors=before, _lock=lock)
         try:

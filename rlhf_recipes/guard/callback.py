@@ -1,0 +1,190 @@
+"""The guard at work: at each evaluation of a trainer it answers the same prompts, scores them, and decides."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from omegaconf import DictConfig
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
+
+from rlhf_recipes import data, evaluation
+from rlhf_recipes.guard.scorer import Scorer
+from rlhf_recipes.guard.turning import Halves, History, Point, Turn
+from rlhf_recipes.roles import POLICY, REFERENCE, Roles
+
+logger = logging.getLogger(__name__)
+
+FILE = "guard.json"
+REWARDS = ("eval_reward", "eval_rewards/margins")
+"""What PPO and DPO say in an evaluation of what they optimize."""
+
+
+def watch(
+    trainer: Trainer,
+    roles: Roles,
+    tokenizer: PreTrainedTokenizerBase,
+    cfg: DictConfig,
+    scorer: Scorer | None,
+) -> "Guard":
+    """Let a trainer's evaluations be guarded; with no scorer the guard is there, and does nothing."""
+    guard = Guard(trainer, roles, tokenizer, cfg, scorer)
+    if scorer is not None:
+        scorer.hold(roles)
+        trainer.add_callback(guard)
+    return guard
+
+
+class Guard(TrainerCallback, ExportableState):
+    """Adds `eval_guard` (the unseen score), `eval_guard_kl` and `eval_guard_reward` to a trainer's evaluations.
+
+    Prompts and noise are the same each time, and training is the same as without: the random state is left alone. Its
+    own state travels in the checkpoints, so that a resumed training decides as one that was not broken off.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        roles: Roles,
+        tokenizer: PreTrainedTokenizerBase,
+        cfg: DictConfig,
+        scorer: Scorer | None,
+    ) -> None:
+        self.trainer, self.roles, self.tokenizer, self.cfg, self.scorer = trainer, roles, tokenizer, cfg, scorer
+        self.prompts: Dataset | None = None
+        self.history = History(looks=1, tolerance=0.0 if scorer is None else scorer.cfg.tolerance)
+        self.warning: str | None = None
+        self.training = False
+        self.start: tuple[float, Halves] | None = None  # score and halves of the policy that has not moved yet
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"args": {}, "attributes": {"history": self.history.state(), "warning": self.warning}}
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why training was stopped, if the guard did."""
+        return self.warning if self.scorer is not None and self.scorer.cfg.stop else None
+
+    @property
+    def figures(self) -> dict[str, object]:
+        """For `metrics.json`: the warning, where there is a guard that does not stop."""
+        return {} if self.scorer is None or self.stop_reason else {"over_optimized": self.warning}
+
+    def save(self, folder: Path) -> None:
+        """Write every evaluation to `guard.json`: step, KL, training reward and score."""
+        if self.scorer is not None:
+            points = [asdict(point) for point in self.history.points]
+            (folder / FILE).write_text(json.dumps({"scorer": self.scorer.name, "points": points}, indent=1) + "\n")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        saved = state.stateful_callbacks[type(self).__name__]["attributes"]  # of the checkpoint, in a resume
+        self.history, self.warning = History.from_state(saved["history"]), saved["warning"]
+        by_epoch = args.eval_strategy == "epoch"
+        self.history.looks = 1 + (
+            math.ceil(state.num_train_epochs) if by_epoch else state.max_steps // state.eval_steps
+        )
+        self.training = True
+        control.should_training_stop = self.stop_reason is not None
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        points = self.history.points
+        if not self.training or metrics is None or (points and points[-1].step >= state.global_step):
+            return control  # the last one after training, and the first one of a resume
+        found = [self._measured(state.global_step, metrics) if state.is_world_process_zero else None]
+        point, halves = broadcast_object_list(found)[0]
+        figures = {"eval_guard": point.score, "eval_guard_kl": point.kl}
+        if point.reward is not None:
+            figures["eval_guard_reward"] = point.reward
+        metrics.update(figures)  # the Trainer looks here for `metric_for_best_model`
+        self.trainer.log(dict(figures))
+        turn = self.history.add(point, halves)
+        if turn is not None and self.warning is None:
+            self.warning = self._told(turn, args)
+            logger.warning(self.warning)
+            control.should_training_stop = control.should_training_stop or self.stop_reason is not None
+        return control
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.training = False
+
+    def _measured(self, step: int, metrics: dict[str, float]) -> tuple[Point, Halves]:
+        """The point of this evaluation, and the mean score of each prompt on either half of its samples."""
+        kl = metrics.get("eval_kl")  # PPO has just measured it
+        reward = next((metrics[name] for name in REWARDS if name in metrics), None)
+        if kl == 0 and self.start is not None:  # while PPO's critic warms up
+            score, halves = self.start
+            return Point(step, kl, reward, score), halves
+        assert self.scorer is not None
+        options, size = self.scorer.cfg, self.cfg.evaluation.batch_size
+        if self.prompts is None:
+            self.prompts = data.heldout_prompts(self.cfg, count=options.prompts)
+        made = evaluation.sample(
+            self.roles.model,
+            self.tokenizer,
+            self.prompts,
+            samples=options.samples,
+            max_new_tokens=self.cfg.evaluation.max_new_tokens,
+            batch_size=size,
+            seed=self.cfg.seed,
+        )
+        scores = self.scorer.scores(self.roles, self.tokenizer, made, size)
+        by_prompt = [scores[start : start + options.samples] for start in range(0, len(scores), options.samples)]
+        middle = options.samples // 2
+        halves = [_mean(row[:middle]) for row in by_prompt], [_mean(row[middle:]) for row in by_prompt]
+        score = _mean([_mean(row) for row in by_prompt]) or 0.0
+        if kl is None:
+            first = made[:: options.samples]  # one of each prompt tells it well enough
+            kl = fmean(evaluation.kl(self.roles, self.tokenizer, first, size, policy=POLICY, reference=REFERENCE))
+        if kl == 0:
+            self.start = score, halves
+        return Point(step, kl, reward, score), halves
+
+    def _told(self, turn: Turn, args: TrainingArguments) -> str:
+        """A turn in words, with what to type."""
+        best, now = turn.best, turn.now
+        assert self.scorer is not None
+        name, beta = self.scorer.name, getattr(args, "beta", 0)
+        rewards = ""
+        if best.reward is not None and now.reward is not None:
+            rewards = f" while the training reward went from {best.reward:.3g} to {now.reward:.3g}"
+        kept = "The policy at the start was better." if best.step == 0 else f"Step {best.step} was better."
+        if args.load_best_model_at_end and best.step:
+            kept = f"The checkpoint of step {best.step} is kept."
+        what = f"training.beta={2 * beta:g}" if beta else "training.beta=0.1"
+        stop = "Stopped." if self.scorer.cfg.stop else "guard.stop=true stops here."
+        return (
+            f"over-optimization at step {now.step}: the guard's score ({name}) fell from {best.score:.3g} at step "
+            f"{best.step} to {now.score:.3g} (by {turn.fall:.2g}, surely more than {turn.surely:.1g})"
+            f"{rewards}, and the KL from {best.kl:.3g} to {now.kl:.3g} nats. {kept} {stop} A higher KL penalty keeps "
+            f"closer to the start: {what} run=<new name>"
+        )
+
+
+def _mean(scores: Sequence[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return fmean(known) if known else None

@@ -1,0 +1,149 @@
+"""Who judges: the sources of the `guard` section, none of which the training may optimize."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from rlhf_recipes import data, rewards, world
+from rlhf_recipes.errors import UserError
+from rlhf_recipes.rewards import Rewards
+from rlhf_recipes.runs import disk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf_recipes.evaluation import Sample
+    from rlhf_recipes.roles import Roles
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores completions by reward adapters, which it holds as the role `guard`, and by functions, with weights."""
+
+    name: str
+    sources: Rewards
+    cfg: DictConfig  # the `guard` section
+
+    def hold(self, roles: Roles) -> None:
+        """Put the reward adapters on the base, and leave the random state and what trains as they are."""
+        import torch
+
+        from rlhf_recipes.ensembles import Ensemble
+        from rlhf_recipes.roles import GUARD
+
+        if self.sources.adapters:
+            with torch.random.fork_rng():
+                roles.hold(GUARD, self.sources.adapters, Ensemble(self.cfg.ensemble, self.cfg.spread_coef))
+            roles.share_trunk(GUARD)
+
+    def scores(
+        self, roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample], batch_size: int
+    ) -> list[float | None]:
+        """One score for each sample, the weighted sum of the sources; None where none of them gives any."""
+        from rlhf_recipes import evaluation
+        from rlhf_recipes.roles import GUARD
+
+        columns: list[Sequence[float | None]] = []
+        if self.sources.adapters:
+            columns.append(evaluation.rewards(roles, tokenizer, made, batch_size, role=GUARD))
+        asked: dict[str, Any] = {
+            "prompts": [s.prompt for s in made],
+            "completions": [
+                s.completion if isinstance(s.prompt, str) else [{"role": "assistant", "content": s.completion}]
+                for s in made
+            ],
+            "completion_ids": [s.completion_ids for s in made],
+        }
+        for score in self.sources.functions:
+            found = score(**asked)
+            columns.append(asyncio.run(found) if inspect.iscoroutine(found) else found)
+        return [_weighted(row, self.sources.weights) for row in zip(*columns, strict=True)]
+
+
+def from_config(cfg: DictConfig, run_model: Path | None, optimized: Rewards | None = None) -> Scorer | None:
+    """The scorer that the `guard` section asks for; None for `guard=none`.
+
+    Args:
+        cfg: the config of a recipe that has the section.
+        run_model: folder of the run's own reward model.
+        optimized: what the training optimizes, in PPO.
+
+    Raises:
+        UserError: as for rewards; there is no gold scorer for these data, no prompts, or the scorer is (part of) what
+            the training optimizes.
+    """
+    asked = cfg.guard
+    names = rewards.named_models(asked.model) + [str(_path(f)) for f in asked.functions or []]
+    names += [asked.url] * (asked.url is not None) + ["gold"] * asked.gold
+    if not names:
+        return None
+    sources = rewards.from_config(asked, run_model, "guard")
+    faults = [
+        f"guard.model: {source} is no reward adapter on this base, and a classifier of its own would be a second base "
+        "in memory; serve it, and use guard=url"
+        for source in sources.functions
+        if isinstance(source, str)
+    ]
+    prompts = data.parse(cfg.data, "prompts")[0] if cfg.data.prompts else []
+    if not prompts:
+        faults.append("guard: it needs prompts to answer; set data.prompts.path=<file or hub id>")
+    if asked.gold:
+        if any(source.kind != "world" for source in prompts):
+            faults.append(
+                "guard=gold knows the embedded world alone; guard=reward_model, function or url for your data"
+            )
+        sources.functions.append(gold)
+        sources.weights.append(1.0)
+    if optimized is not None:
+        faults += _seen(cfg, sources, optimized)
+    if faults:
+        raise UserError("\n".join(faults))
+    return Scorer(", ".join(names), sources, asked)
+
+
+def gold(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float | None]:
+    """The embedded world's truth as a reward function: 1 is right, 0.5 right but ill formed, 0 wrong."""
+    return [world.gold(prompt, completion).score for prompt, completion in zip(prompts, completions, strict=True)]
+
+
+def _seen(cfg: DictConfig, sources: Rewards, optimized: Rewards) -> list[str]:
+    """Which of the sources the training optimizes, a line each."""
+    marks = {_mark(folder): folder for folder in optimized.adapters}
+    same = [f"guard.model: {f} is {marks[_mark(f)]}" for f in sources.adapters if _mark(f) in marks]
+    functions = {_path(item) for item in cfg.reward.functions or []}
+    same += [
+        f"guard.functions: {_path(f)} is in reward.functions"
+        for f in cfg.guard.functions or []
+        if _path(f) in functions
+    ]
+    if cfg.guard.url is not None and cfg.guard.url == cfg.reward.url:
+        same.append(f"guard.url: {cfg.guard.url} is reward.url")
+    why = (
+        "which PPO optimizes: its score rises whatever the answers become. Guard with what training never sees, "
+        "such as a reward model of another seed (python -m recipes.rm -m run=<run> seed=8,9)"
+    )
+    return [f"{fault}, {why}" for fault in same]
+
+
+def _mark(folder: Path) -> str:
+    """Equal for equal weights, wherever they lie."""
+    file = folder / WEIGHTS
+    return disk.hash_file(file) if file.exists() else str(folder.resolve())
+
+
+def _path(function: Any) -> Any:
+    return function if isinstance(function, str) else function.get("path")
+
+
+def _weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    known = [weight * score for score, weight in zip(scores, weights, strict=True) if score is not None]
+    return sum(known) if known else None
