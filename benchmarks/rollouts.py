@@ -25,6 +25,7 @@ from typing import Any
 
 from benchmarks.probe import AnonymousPeak, memory, versions
 from benchmarks.turns import REPOSITORY, error_line, processor, write
+from rlhf_recipes.figures import number
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         plain = next((r["speed"] for r in rows if (r["base"], r["rollouts"]) == (row["base"], "generate")), None)
         ratio = f"{row['speed'] / plain:.2f}" if plain else "-"
         lengths = f"{row['length']:.0f} ± {row['spread']:.0f}"
-        lines.append(f"{start} {row['speed']:,.0f} | {ratio} | {lengths} | {row['memory']:,} |")
+        lines.append(f"{start} {number(row['speed'])} | {ratio} | {lengths} | {row['memory']:,} |")
     return lines
 
 

@@ -84,6 +84,7 @@ def test_probe_notes_iterations_and_memory_of_a_program(tmp_path: Path) -> None:
     assert "torch" in figures["versions"]
 
 
+@pytest.mark.slow
 def test_rollouts_are_measured_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three prompts on the embedded model; vLLM, where it is not installed, has a row that says so."""
     small = "--bases float32 --backends generate continuous_batching vllm --prompts 3 --prompt 4 --answer 4 --rounds 1"
@@ -117,6 +118,7 @@ def test_without_a_gpu_cards_are_not_measured_and_that_is_said_in_a_line() -> No
     assert "nothing was run" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_cell_runs_the_recipe_on_random_weights_and_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,10 +96,8 @@ class Guard(TrainerCallback, ExportableState):
     ) -> TrainerControl:
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]  # of the checkpoint, in a resume
         self.history, self.warning = History.from_state(saved["history"]), saved["warning"]
-        by_epoch = args.eval_strategy == "epoch"
-        self.history.looks = 1 + (
-            math.ceil(state.num_train_epochs) if by_epoch else state.max_steps // state.eval_steps
-        )
+        looks = state.num_train_epochs if args.eval_strategy == "epoch" else state.max_steps / state.eval_steps
+        self.history.looks = 1 + math.ceil(looks)
         self.training = True
         control.should_training_stop = self.stop_reason is not None
         return control
