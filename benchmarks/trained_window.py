@@ -1,21 +1,21 @@
 """Which layers RM, DPO and PPO need to train, on the embedded world: writes benchmarks/results/trained_window.md.
 
-    python -m benchmarks.trained_window [runs_dir]
+    python -m benchmarks.trained_window [runs_dir] [seed ...]
 
-Windows of layers, by seed, after equal episodes and after equal time. Finished stages are not made again, so a
-broken-off benchmark goes on where it was.
+Windows of layers, by seed, after equal episodes and after equal time; the time is taken at the end, in short runs one
+after the other. Finished stages are not made again, so a broken-off benchmark goes on where it was.
 """
 
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ WINDOWS = {  # shares of the layers that stay frozen, from the bottom and from t
 }
 DEFAULT = "upper half"
 SAMPLES = 16  # of each held-out prompt, for the gold score
+ITERATIONS = 12  # of the short runs that the time is taken in
 PHASES = ("generate", "score", "reward", "value", "policy", "ptx")
 
 
@@ -46,7 +47,6 @@ class Trained:
     sft: float  # gold score where it began
     accuracy: float  # of the reward model, on held-out pairs
     dpo: float  # gold
-    seconds: float  # of a PPO iteration in which the policy trains
     steps: list[int]  # at which PPO was measured
     gold: list[float]  # by step
     reward: list[float]  # by step, by the window's own reward model
@@ -60,15 +60,17 @@ class Trained:
         return None
 
 
-def main(runs_dir: str = "runs/trained-window") -> None:
+def main(runs_dir: str = "runs/trained-window", *seeds: str) -> None:
     """Make what is missing of all windows and seeds, and write the table."""
     terminal.quiet()
+    runs, chosen = Path(runs_dir), [int(seed) for seed in seeds] or SEEDS
     found: dict[str, list[Trained]] = {window: [] for window in WINDOWS}
-    for seed in SEEDS:
+    for seed in chosen:
         for window in WINDOWS:
-            found[window].append(measure(Path(runs_dir), window, seed))
+            found[window].append(measure(runs, window, seed))
+    seconds = {window: timed(runs, window, chosen[0]) for window in WINDOWS}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "trained_window.md").write_text(report(found))
+    (RESULTS / "trained_window.md").write_text(report(found, seconds))
 
 
 def measure(runs: Path, window: str, seed: int) -> Trained:
@@ -80,8 +82,7 @@ def measure(runs: Path, window: str, seed: int) -> Trained:
     first = runs / f"seed{seed}-{next(iter(WINDOWS))}" / "sft"  # SFT trains all layers, and so is the same for all
     if first.exists() and not (runs / name / "sft").exists():
         shutil.copytree(first, runs / name / "sft")
-    trunk, frozen_top = WINDOWS[window]
-    options = [f"run={name}", f"seed={seed}", f"runs_dir={runs}", f"trunk={trunk}", f"frozen_top={frozen_top}"]
+    options = overrides(runs, window, seed)
     own = {"ppo": ["training.save_total_limit=10", "training.load_best_model_at_end=false"]}
     for stage in ("sft", "rm", "dpo", "ppo"):
         subprocess.run([sys.executable, "-m", f"recipes.{stage}", *options, *own.get(stage, ())], check=True)
@@ -96,7 +97,6 @@ def measure(runs: Path, window: str, seed: int) -> Trained:
         sft=gold(cfg, runs / name / "sft"),
         accuracy=json.loads((runs / name / "rm" / "metrics.json").read_text())["accuracy"][0],
         dpo=gold(cfg, runs / name / "dpo"),
-        seconds=seconds(log),
         steps=steps,
         gold=[gold(cfg, checkpoints[step]) for step in steps],
         reward=[rewards[step] for step in steps],
@@ -126,30 +126,46 @@ def gold(cfg: Any, adapter: Path) -> float:
     return evaluation.summarize(measured, SAMPLES)["gold"].mean
 
 
-def seconds(log: Sequence[dict[str, Any]]) -> float:
-    """Mean seconds of a PPO iteration, of those in the second half, when the policy trains."""
-    timed = [sum(entry.get(f"time/{phase}", 0.0) for phase in PHASES) for entry in log if "time/policy" in entry]
-    return fmean(timed[len(timed) // 2 :])
+def overrides(runs: Path, window: str, seed: int) -> list[str]:
+    """What all stages of a window and seed have in common."""
+    name = f"seed{seed}-{window.replace(' ', '-')}"
+    trunk, frozen_top = WINDOWS[window]
+    return [f"run={name}", f"seed={seed}", f"runs_dir={runs}", f"trunk={trunk}", f"frozen_top={frozen_top}"]
 
 
-def report(found: dict[str, list[Trained]]) -> str:
+def timed(runs: Path, window: str, seed: int) -> float:
+    """Median seconds of a PPO iteration in which the policy trains, from a short run."""
+    made, run = (runs / f"{prefix}seed{seed}-{window.replace(' ', '-')}" for prefix in ("", "time-"))
+    for stage in ("sft", "rm"):
+        if not (run / stage).exists():
+            shutil.copytree(made / stage, run / stage)
+    short = ["training.value_warmup_max_iterations=0", f"training.max_steps={2 * ITERATIONS}", "evaluation.prompts=0"]
+    short += ["training.eval_strategy=no", "training.load_best_model_at_end=false", "training.logging_steps=2"]
+    command = ["-m", "recipes.ppo", *overrides(runs, window, seed), f"run={run.name}", *short, "overwrite=true"]
+    subprocess.run([sys.executable, *command], check=True)
+    log = [json.loads(line) for line in (run / "ppo" / "log.jsonl").read_text().splitlines()]
+    return median([sum(row.get(f"time/{phase}", 0.0) for phase in PHASES) for row in log if "time/policy" in row][1:])
+
+
+def report(found: dict[str, list[Trained]], seconds: Mapping[str, float]) -> str:
     """The table in Markdown."""
     layers = models.read_config(compose("ppo", []).model).num_hidden_layers
     lines = []
     for window, trained in found.items():
         trunk, frozen_top = (int(share * layers) for share in WINDOWS[window])
-        times = [t.seconds / d.seconds for t, d in zip(trained, found[DEFAULT], strict=True)]
-        equal_time = [t.gold_after(t.steps[-1] / ratio) for t, ratio in zip(trained, times, strict=True)]
+        ratio = seconds[window] / seconds[DEFAULT]
+        equal_time = [t.gold_after(t.steps[-1] / max(ratio, 1.0)) for t in trained]
         cells = [
             f"{trunk + 1} to {layers - frozen_top}" if layers - frozen_top > trunk + 1 else f"{trunk + 1}",
             spread([t.accuracy for t in trained], 3),
             spread([t.dpo - t.sft for t in trained], 3),
             spread([t.reward[-1] for t in trained], 2),
             spread([t.gold[-1] - t.sft for t in trained], 3),
-            spread(times, 2),
+            f"{ratio:.2f}",
             spread([g - t.sft for g, t in zip(equal_time, trained, strict=True) if g is not None], 3),
         ]
         lines.append(f"| {window} | " + " | ".join(cells) + " |")
+    seeds = len(found[DEFAULT])
     end = found[DEFAULT][0].steps[-1]
     return "\n".join(
         [
@@ -158,9 +174,9 @@ def report(found: dict[str, list[Trained]]) -> str:
             f"`python -m benchmarks.trained_window`, {date.today()}, {processor()}, "
             f"{torch.get_num_threads()} threads, torch {torch.__version__}.",
             "",
-            f"The embedded world's base has {layers} layers. SFT trains all; RM, DPO and PPO those of the row. Means "
-            f"over {len(SEEDS)} seeds (lowest to highest); gold scores are changes from SFT, with {SAMPLES} samples of "
-            "each of the held-out prompts.",
+            f"The embedded world's base has {layers} layers. SFT trains all; RM, DPO and PPO those of the row. Mean "
+            f"over {seeds} seed{'s' * (seeds > 1)} (lowest to highest); gold scores are changes from SFT, with "
+            f"{SAMPLES} samples of each of the held-out prompts.",
             "",
             "| window | layers | RM accuracy | DPO: gold | PPO: own reward | PPO: gold | PPO: time of an iteration | "
             "PPO: gold after equal time |",
