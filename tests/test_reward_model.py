@@ -239,3 +239,37 @@ def test_a_reward_model_that_scores_all_alike_still_has_a_scale_to_divide_by(tin
     (tmp_path / HEAD_FILE).unlink()
     scale = measure_scale(compose("rm", ["evaluation.max_new_tokens=2"]), tiny_policy(), tokenizer, asked, tmp_path)
     assert scale["mean"] == 0 and 0 < scale["std"] < 1e-3
+
+
+def scored(n=400):
+    """Scores of pairs whose better answer wins the more often, the wider the margin."""
+    draw = torch.Generator().manual_seed(3)
+    margin = torch.randn(n, generator=draw)
+    wins = torch.rand(n, generator=draw) < torch.sigmoid(2 * margin.abs())
+    chosen = torch.where(wins, margin.abs(), -margin.abs())
+    return chosen, torch.zeros(n)
+
+
+def test_the_reliability_and_its_error_are_those_of_scikit_learn():
+    from sklearn.calibration import calibration_curve
+
+    chosen, rejected = scored()
+    figures = agreement(chosen, rejected)
+    sure = torch.sigmoid(chosen.abs()).double()
+    right = (chosen > 0).numpy()
+    # its bins are those of [0, 1]; ours are of [0.5, 1], since a model is never less sure than a coin
+    true, confidence = calibration_curve(right, (2 * sure - 1).numpy(), n_bins=10)
+    assert [b["accuracy"] for b in figures["reliability"]] == pytest.approx(true.tolist())
+    assert [b["confidence"] for b in figures["reliability"]] == pytest.approx(((confidence + 1) / 2).tolist(), abs=1e-5)
+    weights = [b["pairs"] / len(chosen) for b in figures["reliability"]]
+    error = sum(w * abs(t - (c + 1) / 2) for w, t, c in zip(weights, true, confidence, strict=True))
+    assert sum(weights) == pytest.approx(1) and figures["calibration_error"] == pytest.approx(error, abs=1e-5)
+
+
+def test_the_accuracy_where_the_better_answer_is_shorter_by_hand():
+    """Chosen is shorter in the first three pairs, of which one is ordered right and one is a tie: 1.5 of 3."""
+    chosen, rejected = torch.tensor([1.0, 0.0, 2.0, 5.0]), torch.tensor([2.0, 0.0, 1.0, 0.0])
+    figures = agreement(chosen, rejected, longer=torch.tensor([-1, -4, -2, 3]))
+    assert figures["when_shorter"][0] == pytest.approx(0.5)
+    assert figures["accuracy"][0] == pytest.approx(2.5 / 4)
+    assert "when_shorter" not in agreement(chosen, rejected, longer=torch.tensor([0, 1, 2, 3]))
