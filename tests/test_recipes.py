@@ -479,6 +479,9 @@ def test_a_killed_ppo_run_resumes_and_ends_with_the_weights_of_an_unbroken_one(c
 # ---- eval: the run's policies and others, side by side
 
 
+in_full_precision = pytest.mark.parametrize("chain", ["none"], indirect=True)  # nf4 would show nothing new
+
+
 @pytest.fixture(scope="module")
 def compared(chain, tmp_path_factory):
     """A copy of the run, compared once: its folder, the overrides, and what was written to the terminal."""
@@ -522,6 +525,7 @@ def test_eval_answers_as_the_stages_did(chain, compared):
     done("eval", *args)
 
 
+@in_full_precision
 def test_what_was_answered_is_not_drawn_again_and_what_is_missing_is(compared):
     folder, args, _ = compared
     kept = {f: f.stat().st_mtime_ns for f in (folder / "eval" / "answers").iterdir()}
@@ -535,6 +539,7 @@ def test_what_was_answered_is_not_drawn_again_and_what_is_missing_is(compared):
     assert evaluated(folder) == before
 
 
+@in_full_precision
 def test_answers_of_another_seed_are_told_and_drawn_again(compared):
     folder, args, _ = compared
     output = done("eval", *args, "seed=7", "eval.policies=[sft,ppo]", "eval.best_of=null")
@@ -558,6 +563,7 @@ def test_a_model_of_its_own_answers_as_it_does_in_the_run(compared, tmp_path):
     done("eval", *args)
 
 
+@in_full_precision
 def test_eval_asks_a_judge_and_asks_it_only_once(compared):
     from judge_server import prefers, serving
 
@@ -577,6 +583,7 @@ def test_eval_asks_a_judge_and_asks_it_only_once(compared):
     done("eval", *args)
 
 
+@in_full_precision
 def test_eval_measures_the_reward_model_by_category_and_runs_lm_eval(compared, tmp_path):
     folder, args, _ = compared
     rows = [row for row in world.pairs(world.rankings(1)["test"])[:12]]
@@ -608,6 +615,7 @@ def test_eval_measures_the_reward_model_by_category_and_runs_lm_eval(compared, t
     done("eval", *args)
 
 
+@in_full_precision
 def test_eval_refuses_before_it_loads_and_leaves_nothing_behind(chain, tmp_path):
     folder = tmp_path / chain.folder.name
     shutil.copytree(chain.folder, folder)

@@ -28,8 +28,13 @@ def tasks(cfg: DictConfig) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(NEEDED) from error
-    known = TaskManager(include_path=cfg.eval.benchmark_tasks)
-    if missing := [name for name in cfg.eval.benchmarks if not known.match_tasks([name])]:
+    own = cfg.eval.benchmark_tasks
+    known = TaskManager(include_path=own, include_defaults=own is None)  # lm-eval's own thousands take a while to list
+    missing = [name for name in cfg.eval.benchmarks if not known.match_tasks([name])]
+    if missing and own is not None:
+        known = TaskManager(include_path=own)
+        missing = [name for name in missing if not known.match_tasks([name])]
+    if missing:
         raise UserError(f"eval.benchmarks: lm-eval has no task {', '.join(missing)}; `lm-eval ls tasks` lists them")
     return known
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf_recipes.evaluation import Changes
 
 EXAMPLES = 4  # prompts shown with their answers
-NEXT = {"sft": ("rm", "ppo"), "rm": ("ppo",), "dpo": (), "ppo": ()}
+NEXT = {"sft": ("rm", "ppo"), "rm": ("ppo",), "dpo": ("eval", "report"), "ppo": ("eval", "report")}
 
 
 def summary(
