@@ -62,7 +62,7 @@ def report(runs: Path) -> str:
             f"Versions: {versions}.",
             "",
             f"192 held-out prompts, {guard['samples']} samples of each, every "
-            f"{manifest['config']['training']['eval_steps']} steps of at most 168. `no_kl` is "
+            f"{manifest['config']['training']['eval_steps']:g} steps of at most 168. `no_kl` is "
             f"`{' '.join(CASES['no_kl'] + GUARD)}`, `default` the default configuration with `{' '.join(GUARD)}`. The "
             "fall is that of the gold score under its best, at the last evaluation.",
             "",
