@@ -176,7 +176,8 @@ def test_metrics_are_json_with_the_figures_of_each_stage(chain):
     compared = {"gold", "KL to SFT", "length", "EOS", "helpful", "honest", "harmless"}
     sft, rm, dpo, ppo = (chain.json(stage, "metrics.json") for stage in STAGES)
     assert sft.keys() == {"loss", "base", "sft", "change"} and 0 < sft["loss"] < 5
-    assert rm.keys() == {"accuracy", "margin", "calibration_error", "pairs", "scale"}
+    measured = {"accuracy", "margin", "calibration_error", "reliability", "when_shorter", "pairs", "scale"}
+    assert rm.keys() == measured
     assert rm["scale"] == chain.json("rm", "head.json")
     assert {"accuracies", "margins", "sft", "dpo", "change"} == dpo.keys()
     assert {"objective", "sft", "ppo", "change"} <= ppo.keys() and isinstance(ppo["objective"], float)

@@ -114,7 +114,8 @@ def collect(
     Models of their own are drawn first and let go, so that no two bases are in memory.
     """
     wanted = {policy.name: _key(cfg, compared, asked, policy.fingerprint) for policy in compared.policies}
-    wanted |= {_best_of(n): _key(cfg, compared, asked, f"best of {n}") for n in compared.best_of}
+    most = max(compared.best_of, default=0)
+    wanted |= {_best_of(n): _key(cfg, compared, asked, f"best of {n}, of a pool of {most}") for n in compared.best_of}
     files = {policy.name: folder / f"{policy.slug}.json" for policy in compared.policies}
     files |= {_best_of(n): folder / f"{_best_of(n)}.json" for n in compared.best_of}
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +235,7 @@ def _best(
     """For each n the answers with the highest reward among n of SFT; one pool serves all n."""
     if not wanted:
         return {}
-    most, samples = max(wanted), cfg.evaluation.samples
+    most, samples = max(run.compared.best_of), cfg.evaluation.samples  # whatever is missing of them, one pool
     terminal.say(f"best of {', '.join(map(str, wanted))}: sampling {most} answers of sft for each one kept ...")
     with run.roles.active(run.adapters["sft"]):
         # another seed: the pool shall not hold the very answers that it is compared with
