@@ -19,6 +19,8 @@ from rlhf_recipes.config import compose
 SEEDS = (0, 1, 2)
 STAGES = ("sft", "rm", "dpo", "ppo")
 MEASURES = ("gold", "helpful", "honest", "harmless", "KL to SFT", "length")
+POLICIES = ("sft", "dpo", "ppo")
+COMPARED = 8  # samples of each held-out prompt, for win rates
 RANKINGS = 12  # of each held-out prompt, to measure reward models on
 RESULTS = Path(__file__).parent / "results" / "embedded.md"
 
@@ -30,6 +32,8 @@ def main(runs_dir: str = "runs/benchmark") -> None:
         for stage in STAGES:
             options = [f"run=seed{seed}", f"seed={seed}", f"runs_dir={runs_dir}", "evaluation.samples=64"]
             subprocess.run([sys.executable, "-m", f"recipes.{stage}", *options], check=True)
+        compared = [*options[:3], f"evaluation.samples={COMPARED}", f"eval.policies=[{','.join(POLICIES)}]"]
+        subprocess.run([sys.executable, "-m", "recipes.eval", *compared], check=True)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(report(Path(runs_dir)))
 
@@ -61,6 +65,7 @@ def report(runs: Path) -> str:
             "|---" * (len(MEASURES) + 2) + "|",
             *lines,
             "",
+            *wins(runs),
             "The reward model against held-out raters, whose own noise is the ceiling:",
             "",
             "| seed | accuracy | ceiling | points below | calibration error | pairs |",
@@ -69,6 +74,30 @@ def report(runs: Path) -> str:
             "",
         ]
     )
+
+
+def wins(runs: Path) -> list[str]:
+    """The table of `make eval`: against SFT by gold, and gold scores beside those of the best of n."""
+    lines = []
+    for seed in SEEDS:
+        metrics = json.loads((runs / f"seed{seed}" / "eval" / "metrics.json").read_text())
+        for row in metrics["win_rates"]:
+            if row["judge"] == "gold":
+                cells = [
+                    "{:.1%} ({:.1%} to {:.1%})".format(*row["win_rate"]),
+                    "{:.1%} ({:.1%} to {:.1%})".format(*row["length_controlled"]),
+                    f"{row['ties']:.0%}",
+                    "{:.3f} ± {:.3f}".format(*metrics["policies"][row["policy"]]["gold"]),
+                ]
+                lines.append(f"| {seed} | {row['policy']} | " + " | ".join(cells) + " |")
+    return [
+        f"Against SFT by `make eval`, {COMPARED} samples of each prompt, the truth as judge, a tie counted as half:",
+        "",
+        "| seed | policy | wins | at equal length | ties | gold |",
+        "|---" * 6 + "|",
+        *lines,
+        "",
+    ]
 
 
 def reward_model_row(run: Path, seed: int) -> str:
