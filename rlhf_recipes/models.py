@@ -30,7 +30,7 @@ from rlhf_recipes import world
 from rlhf_recipes.config import build
 from rlhf_recipes.data.formats import is_conversational
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.roles import POLICY, Roles
+from rlhf_recipes.roles import POLICY, REWARD, Roles
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def load_reward_model(cfg: DictConfig, adapter: Path | None) -> PeftModel:
 
 
 def load_scorer(cfg: DictConfig, adapter: Path) -> Roles:
-    """The base with a reward model's adapter as `default`, its scalar head beside it: `Roles.scores` with that role.
+    """The base with a reward model as the role `reward`.
 
     Raises:
         UserError: the adapter has no scalar head, or was made for another base.
@@ -225,9 +225,7 @@ def load_scorer(cfg: DictConfig, adapter: Path) -> Roles:
     config = LoraConfig.from_pretrained(adapter)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
     roles = Roles(get_peft_model(load_base(cfg), config), trunk=0)
-    roles.load(POLICY, adapter)
-    if POLICY not in roles.heads:
-        raise UserError(f"the adapter in {adapter} has no scalar head: it is no reward model")
+    roles.hold(REWARD, [adapter])
     roles.model.eval()
     return roles
 

@@ -1,8 +1,10 @@
 """Where PPO's reward comes from: a reward model, Python functions, an HTTP endpoint, or a weighted mix of them."""
 
+import asyncio
 import glob
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import sys
@@ -12,18 +14,22 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from rlhf_recipes.errors import UserError
+from rlhf_recipes.runs import disk
+
+if TYPE_CHECKING:
+    from rlhf_recipes.evaluation import Sample
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: `f(prompts, completions, completion_ids, **columns_of_the_dataset) -> one score per completion`."""
 
 RUN = "run"
 """The run's own reward model, where a folder is asked for."""
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXAMPLE = """def brevity(completions, **kwargs):
     return [-len(completion) / 100 for completion in completions]"""
 RETRIES, FIRST_WAIT, TIMEOUT = 3, 1.0, 60.0  # of an endpoint; seconds
@@ -160,6 +166,25 @@ def function(path: str) -> RewardFunction:
             f"An example:\n{EXAMPLE}"
         )
     return found
+
+
+def called(function: RewardFunction, made: "Sequence[Sample]") -> list[float | None]:
+    """The scores of samples by a reward function, called as TRL calls it; it may be a coroutine."""
+    scores: Any = function(
+        prompts=[s.prompt for s in made],
+        completions=[
+            s.completion if isinstance(s.prompt, str) else [{"role": "assistant", "content": s.completion}]
+            for s in made
+        ],
+        completion_ids=[s.completion_ids for s in made],
+    )
+    return list(asyncio.run(scores) if inspect.iscoroutine(scores) else scores)
+
+
+def mark(folder: Path) -> str:
+    """What identifies a reward adapter: equal for equal weights, wherever they lie."""
+    file = folder / WEIGHTS
+    return disk.hash_file(file) if file.exists() else str(folder.resolve())
 
 
 def endpoint(url: str) -> RewardFunction:

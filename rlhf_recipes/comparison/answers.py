@@ -15,14 +15,13 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes import evaluation, models, terminal
-from rlhf_recipes.comparison.policies import BASE, Compared, Policy
+from rlhf_recipes.comparison.policies import BASE, Compared, Policy, best_of_name
 from rlhf_recipes.data.formats import is_conversational, render
-from rlhf_recipes.errors import UserError
 from rlhf_recipes.evaluation import Sample
 from rlhf_recipes.models import load_policy
 from rlhf_recipes.roles import POLICY, REWARD, Roles
 from rlhf_recipes.runs import disk
-from rlhf_recipes.runs.manifest import differences, flat
+from rlhf_recipes.runs.manifest import differences, flat, refuse_other_bases
 
 logger = logging.getLogger(__name__)
 
@@ -88,15 +87,9 @@ class RunModels:
             roles.add_copy(f"policy_{number}", POLICY)
             roles.load(f"policy_{number}", stages[name].path)
         if self.compared.reward_model is not None:
-            roles.add_copy(REWARD, POLICY)
-            roles.load(REWARD, self.compared.reward_model.path)
-        base = models.fingerprint(roles.model)
-        for name, made in stages.items():
-            if made.manifest["base"] not in (None, base):
-                raise UserError(
-                    f"{made.path} was made on a base with the fingerprint {made.manifest['base']}, and this one has "
-                    f"{base}: {name} cannot be compared here. Use the model= it was made with."
-                )
+            roles.hold(REWARD, [self.compared.reward_model.path])
+        made_on = {made.path: made.manifest["base"] for made in stages.values()}
+        refuse_other_bases(made_on, models.fingerprint(roles.model))
         roles.model.eval()
         return roles
 
@@ -113,17 +106,17 @@ def collect(
 
     Models of their own are drawn first and let go, so that no two bases are in memory.
     """
-    wanted = {policy.name: _key(cfg, compared, asked, policy.fingerprint) for policy in compared.policies}
-    most = max(compared.best_of, default=0)
-    wanted |= {_best_of(n): _key(cfg, compared, asked, f"best of {n}, of a pool of {most}") for n in compared.best_of}
+    common, most = _key(cfg, compared, asked), max(compared.best_of, default=0)
+    wanted = {policy.name: common | {"policy": policy.fingerprint} for policy in compared.policies}
+    wanted |= {best_of_name(n): common | {"policy": f"best of {n}, of a pool of {most}"} for n in compared.best_of}
     files = {policy.name: folder / f"{policy.slug}.json" for policy in compared.policies}
-    files |= {_best_of(n): folder / f"{_best_of(n)}.json" for n in compared.best_of}
+    files |= {best_of_name(n): folder / f"{best_of_name(n)}.json" for n in compared.best_of}
     folder.mkdir(parents=True, exist_ok=True)
     found = {name: _kept(files[name], key) for name, key in wanted.items()}
     done = {name: answers for name, answers in found.items() if answers is not None}
     for policy in compared.policies:
         if policy.name not in done and policy.source is not None:
-            done[policy.name] = Answers(policy.name, _drawn_alone(cfg, policy, asked), key=wanted[policy.name])
+            done[policy.name] = Answers(policy.name, _drawn_alone(cfg, policy.source, asked), key=wanted[policy.name])
             done[policy.name].write(files[policy.name])
     for policy in compared.policies:
         if policy.name not in done:
@@ -132,18 +125,17 @@ def collect(
         if done[policy.name].measured is None:
             done[policy.name].measured = _measured(cfg, run, policy, done[policy.name].made)
             done[policy.name].write(files[policy.name])
-    for n, best in _best(cfg, run, asked, [n for n in compared.best_of if _best_of(n) not in done]).items():
+    for n, best in _best(cfg, run, asked, [n for n in compared.best_of if best_of_name(n) not in done]).items():
         best.key = wanted[best.name]
-        best.write(files[_best_of(n)])
+        best.write(files[best_of_name(n)])
         done[best.name] = best
     return {name: done[name] for name in wanted}
 
 
-def _key(cfg: DictConfig, compared: Compared, asked: Sequence[Mapping[str, Any]], fingerprint: str) -> dict[str, Any]:
-    """What answers depend on, and what was measured of them."""
+def _key(cfg: DictConfig, compared: Compared, asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all answers, and what was measured of them, depend on beside the policy."""
     by = {"sft": compared.sft, "reward model": compared.reward_model}
     known = {
-        "policy": fingerprint,
         "prompts": disk.hash_value([dict(row) for row in asked]),
         "seed": cfg.seed,
         "samples": cfg.evaluation.samples,
@@ -187,17 +179,16 @@ def _drawn(cfg: DictConfig, run: RunModels, name: str, asked: Sequence[Mapping[s
     return made
 
 
-def _drawn_alone(cfg: DictConfig, policy: Policy, asked: Sequence[Mapping[str, Any]]) -> list[Sample]:
+def _drawn_alone(cfg: DictConfig, source: str, asked: Sequence[Mapping[str, Any]]) -> list[Sample]:
     """The answers of a model of its own, under its own tokenizer and chat template."""
-    assert policy.source is not None
-    terminal.say(f"{policy.name}: loading, and answering {len(asked):,} prompts ...")
+    terminal.say(f"{source}: loading, and answering {len(asked):,} prompts ...")
     own = cfg.copy()
-    own.model.name_or_path, own.model.revision = policy.source, None
-    adapter = Path(policy.source) / "adapter_config.json"
+    own.model.name_or_path, own.model.revision = source, None
+    adapter = Path(source) / "adapter_config.json"
     if adapter.exists():
         own.model.name_or_path = json.loads(adapter.read_text())["base_model_name_or_path"]
     model = load_policy(own, adapter.parent) if adapter.exists() else models.load_base(own)
-    own.model.name_or_path = policy.source
+    own.model.name_or_path = source
     tokenizer = models.load_tokenizer(own.model, Dataset.from_list([dict(row) for row in asked]))
     made: list[Sample] = _sampled(cfg, model, tokenizer, asked)
     del model
@@ -245,12 +236,8 @@ def _best(
     for n in wanted:
         groups = [range(start, start + n) for start in range(0, len(pool), most)]
         rows = [max(group, key=lambda row: rewards[row]) for group in groups]
-        best[n] = Answers(_best_of(n), [pool[row] for row in rows], {"reward": [rewards[row] for row in rows]})
+        best[n] = Answers(best_of_name(n), [pool[row] for row in rows], {"reward": [rewards[row] for row in rows]})
     return best
-
-
-def _best_of(n: int) -> str:
-    return f"best-of-{n}"
 
 
 def _release() -> None:

@@ -15,7 +15,7 @@ from rlhf_recipes import evaluation, figures, world
 from rlhf_recipes.comparison import benchmarks, reward_bench, texts, wins
 from rlhf_recipes.comparison.answers import KL_TO_SFT, Answers, RunModels
 from rlhf_recipes.comparison.judges import Judge, truth_is_known
-from rlhf_recipes.comparison.policies import CATEGORY, Compared, best_of_kl, text
+from rlhf_recipes.comparison.policies import CATEGORY, Compared, best_of_kl, best_of_name, text
 from rlhf_recipes.evaluation import GOLD, Interval
 from rlhf_recipes.runs import disk
 
@@ -100,7 +100,6 @@ def win_rates(
                     "policy": name,
                     "baseline": baseline,
                     "judge": judge.name,
-                    # what a reward model picked the best of has gained by its measure, as what PPO trained has
                     "evidence": judge.evidence,
                     "win_rate": wins.win_rate(verdicts, samples, seed),
                     "length_controlled": wins.length_controlled(verdicts, longer, samples, seed),
@@ -127,8 +126,7 @@ def best_of_n(found: Mapping[str, Mapping[str, Interval]], wanted: Sequence[int]
     """The baseline that PPO has to justify itself against: the best of n SFT answers, and what it costs in KL."""
     return [
         {"n": n, "kl_bound": best_of_kl(n), "reward": of.get("reward"), "gold": of.get("gold")}
-        for n in wanted
-        for of in (found[f"best-of-{n}"],)
+        for n, of in ((n, found[best_of_name(n)]) for n in wanted)
     ]
 
 

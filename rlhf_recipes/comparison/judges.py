@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import data, rewards, terminal, world
+from rlhf_recipes import data, rewards, terminal
 from rlhf_recipes.comparison import asking
 from rlhf_recipes.comparison.policies import Compared, text
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.runs import disk
+from rlhf_recipes.guard.scorer import gold
 
 if TYPE_CHECKING:
     from rlhf_recipes.comparison.answers import Answers
@@ -68,14 +68,12 @@ def refuse_faults(cfg: DictConfig, compared: Compared) -> None:
         raise UserError(f"judge: one at a time; set are {', '.join(kinds + ['model'] * bool(judge.model))}")
     if judge.function:
         rewards.function(judge.function)
-    if judge.reward_model and Path(judge.reward_model).is_dir() and compared.reward_model is not None:
-        weights = Path(judge.reward_model) / "adapter_model.safetensors"
-        own = compared.reward_model.path / "adapter_model.safetensors"
-        if weights.exists() and disk.hash_file(weights) == disk.hash_file(own):
-            raise UserError(
-                f"judge.reward_model={judge.reward_model} is the reward model that this run's training optimised. It "
-                "is shown anyway, and is no evidence: name another."
-            )
+    own = compared.reward_model
+    if judge.reward_model and own and rewards.mark(Path(judge.reward_model)) == rewards.mark(own.path):
+        raise UserError(
+            f"judge.reward_model={judge.reward_model} is the reward model that this run's training optimised. It "
+            "is shown anyway, and is no evidence: name another."
+        )
 
 
 def open_endpoint(cfg: DictConfig, folder: Path) -> list[Judge]:
@@ -87,7 +85,7 @@ def after_answers(cfg: DictConfig, answers: Mapping[str, Answers], folder: Path)
     """All judges but an endpoint: what the answers tell of themselves, and the one that the config names."""
     judges: list[Judge] = []
     if truth_is_known(cfg):
-        judges.append(Scores("gold", {name: gold(of) for name, of in answers.items()}))
+        judges.append(Scores("gold", {name: rewards.called(gold, of.made) for name, of in answers.items()}))
     if all("reward" in (of.measured or {}) for of in answers.values()):
         scores = {name: (of.measured or {})["reward"] for name, of in answers.items()}
         judges.append(Scores(FROM_RUN, scores, evidence=False))
@@ -104,29 +102,17 @@ def after_answers(cfg: DictConfig, answers: Mapping[str, Answers], folder: Path)
 
 def truth_is_known(cfg: DictConfig) -> bool:
     """Whether the prompts are those of the embedded world, whose truth is known."""
-    return cfg.eval.prompts is None and all(s.kind == "world" for s in data.parse(cfg.data, "prompts")[0])
-
-
-def gold(answers: Answers) -> list[float | None]:
-    """The truth's score of each answer in the embedded world."""
-    return [world.gold(sample.prompt, sample.completion).score for sample in answers.made]
+    return cfg.eval.prompts is None and data.is_world(cfg.data)
 
 
 def _called(path: str, answers: Answers) -> list[float | None]:
-    made = answers.made
-    chat = bool(made) and not isinstance(made[0].prompt, str)
-    completions: list[Any] = [s.completion for s in made]
-    if chat:  # as TRL hands them to a reward function
-        completions = [[{"role": "assistant", "content": completion}] for completion in completions]
     try:
-        scores = rewards.function(path)(
-            prompts=[s.prompt for s in made], completions=completions, completion_ids=[s.completion_ids for s in made]
-        )
+        scores = rewards.called(rewards.function(path), answers.made)
         found = [None if score is None or score != score else float(score) for score in scores]
     except Exception as error:
         raise UserError(f"judge.function={path} fails: {type(error).__name__}: {error}") from error
-    if len(found) != len(made):
-        raise UserError(f"judge.function={path} gave {len(found)} scores for {len(made)} completions")
+    if len(found) != len(answers.made):
+        raise UserError(f"judge.function={path} gave {len(found)} scores for {len(answers.made)} completions")
     return found
 
 
@@ -137,7 +123,6 @@ def _scored(cfg: DictConfig, answers: Mapping[str, Answers]) -> dict[str, list[f
 
     from rlhf_recipes import evaluation, models
     from rlhf_recipes.comparison.answers import as_seen_by
-    from rlhf_recipes.roles import POLICY
 
     path = cfg.judge.reward_model
     terminal.say(f"{path}: scoring the answers ...")
@@ -147,7 +132,7 @@ def _scored(cfg: DictConfig, answers: Mapping[str, Answers]) -> dict[str, list[f
         tokenizer = models.load_tokenizer(cfg.model, prompts)
         roles = models.load_scorer(cfg, Path(path))
         return {
-            name: evaluation.rewards(roles, tokenizer, [as_seen_by(tokenizer, s) for s in of.made], size, role=POLICY)
+            name: evaluation.rewards(roles, tokenizer, [as_seen_by(tokenizer, s) for s in of.made], size)
             for name, of in answers.items()
         }
     own = cfg.copy()

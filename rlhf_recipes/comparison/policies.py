@@ -155,6 +155,11 @@ def text(prompt: Any) -> str:
     return "\n\n".join(f"{turn['role'].capitalize()}: {turn['content']}" for turn in prompt)
 
 
+def best_of_name(n: int) -> str:
+    """What the best of n answers of SFT is called, as a policy."""
+    return f"best-of-{n}"
+
+
 def best_of_kl(n: int) -> float:
     """The most that the best of n answers can be away from the policy they come from, in nats.
 

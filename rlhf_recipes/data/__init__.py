@@ -10,7 +10,7 @@
 from rlhf_recipes.data.formats import STAGES
 from rlhf_recipes.data.lengths import Lengths, check_batch, check_lengths
 from rlhf_recipes.data.loading import Loaded, describe, heldout_prompts, load
-from rlhf_recipes.data.sources import Source, parse
+from rlhf_recipes.data.sources import Source, is_world, parse
 
 __all__ = [
     "STAGES",
@@ -21,6 +21,7 @@ __all__ = [
     "check_lengths",
     "describe",
     "heldout_prompts",
+    "is_world",
     "load",
     "parse",
 ]

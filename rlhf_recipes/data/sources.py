@@ -73,6 +73,11 @@ def parse(cfg_data: Any, stage: str) -> tuple[list[Source], float]:
     return sources, heldout
 
 
+def is_world(cfg_data: Any) -> bool:
+    """Whether all prompts are those of the embedded world, whose truth is known."""
+    return all(source.kind == "world" for source in parse(cfg_data, "prompts")[0])
+
+
 def source_nodes(cfg_data: Any, stage: str) -> dict[str, Any]:
     """The source nodes of a stage by their keys; none where the preset leaves the stage out (`path: null`)."""
     node = _plain(cfg_data).get(stage)

@@ -40,7 +40,7 @@ def changes(
     if asked is None:
         return Changes({}, [])
     options = cfg.evaluation
-    gold = world.gold if all(source.kind == "world" for source in data.parse(cfg.data, "prompts")[0]) else None
+    gold = world.gold if data.is_world(cfg.data) else None
     reference = REFERENCE if REFERENCE in roles.model.peft_config else POLICY
     values: dict[str, dict[str, Sequence[float | None]]] = {}
     samples = [{"prompt": _last_words(row["prompt"])} for row in asked]

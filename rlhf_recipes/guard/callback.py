@@ -110,10 +110,10 @@ class Guard(TrainerCallback, ExportableState):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> TrainerControl:
-        points = self.history.points
-        if not self.training or metrics is None or (points and points[-1].step >= state.global_step):
+        points, scorer = self.history.points, self.scorer
+        if scorer is None or not self.training or metrics is None or (points and points[-1].step >= state.global_step):
             return control  # the last one after training, and the first one of a resume
-        found = [self._measured(state.global_step, metrics) if state.is_world_process_zero else None]
+        found = [self._measured(scorer, state.global_step, metrics) if state.is_world_process_zero else None]
         point, halves = broadcast_object_list(found)[0]
         figures = {"eval_guard": point.score, "eval_guard_kl": point.kl}
         if point.reward is not None:
@@ -122,7 +122,7 @@ class Guard(TrainerCallback, ExportableState):
         self.trainer.log(dict(figures))
         turn = self.history.add(point, halves)
         if turn is not None and self.warning is None:
-            self.warning = self._told(turn, args)
+            self.warning = self._told(scorer, turn, args)
             logger.warning(self.warning)
             control.should_training_stop = control.should_training_stop or self.stop_reason is not None
         return control
@@ -130,15 +130,14 @@ class Guard(TrainerCallback, ExportableState):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.training = False
 
-    def _measured(self, step: int, metrics: dict[str, float]) -> tuple[Point, Halves]:
+    def _measured(self, scorer: Scorer, step: int, metrics: dict[str, float]) -> tuple[Point, Halves]:
         """The point of this evaluation, and the mean score of each prompt on either half of its samples."""
         kl = metrics.get("eval_kl")  # PPO has just measured it
         reward = next((metrics[name] for name in REWARDS if name in metrics), None)
         if kl == 0 and self.start is not None:  # while PPO's critic warms up
             score, halves = self.start
             return Point(step, kl, reward, score), halves
-        assert self.scorer is not None
-        options, size = self.scorer.cfg, self.cfg.evaluation.batch_size
+        options, size = scorer.cfg, self.cfg.evaluation.batch_size
         if self.prompts is None:
             self.prompts = data.heldout_prompts(self.cfg, count=options.prompts)
         made = evaluation.sample(
@@ -150,7 +149,7 @@ class Guard(TrainerCallback, ExportableState):
             batch_size=size,
             seed=self.cfg.seed,
         )
-        scores = self.scorer.scores(self.roles, self.tokenizer, made, size)
+        scores = scorer.scores(self.roles, self.tokenizer, made, size)
         by_prompt = [scores[start : start + options.samples] for start in range(0, len(scores), options.samples)]
         middle = options.samples // 2
         halves = [_mean(row[:middle]) for row in by_prompt], [_mean(row[middle:]) for row in by_prompt]
@@ -162,11 +161,10 @@ class Guard(TrainerCallback, ExportableState):
             self.start = score, halves
         return Point(step, kl, reward, score), halves
 
-    def _told(self, turn: Turn, args: TrainingArguments) -> str:
+    def _told(self, scorer: Scorer, turn: Turn, args: TrainingArguments) -> str:
         """A turn in words, with what to type."""
         best, now = turn.best, turn.now
-        assert self.scorer is not None
-        name, beta = self.scorer.name, getattr(args, "beta", 0)
+        name, beta = scorer.name, getattr(args, "beta", 0)
         rewards = ""
         if best.reward is not None and now.reward is not None:
             rewards = f" while the training reward went from {best.reward:.3g} to {now.reward:.3g}"
@@ -174,7 +172,7 @@ class Guard(TrainerCallback, ExportableState):
         if args.load_best_model_at_end and best.step:
             kept = f"The checkpoint of step {best.step} is kept."
         what = f"training.beta={2 * beta:g}" if beta else "training.beta=0.1"
-        stop = "Stopped." if self.scorer.cfg.stop else "guard.stop=true stops here."
+        stop = "Stopped." if scorer.cfg.stop else "guard.stop=true stops here."
         return (
             f"over-optimization at step {now.step}: the guard's score ({name}) fell from {best.score:.3g} at step "
             f"{best.step} to {now.score:.3g} (by {turn.fall:.2g}, surely more than {turn.surely:.1g})"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +12,12 @@ from omegaconf import DictConfig
 from rlhf_recipes import data, rewards, world
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.rewards import Rewards
-from rlhf_recipes.runs import disk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rlhf_recipes.evaluation import Sample
     from rlhf_recipes.roles import Roles
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -55,17 +50,7 @@ class Scorer:
         columns: list[Sequence[float | None]] = []
         if self.sources.adapters:
             columns.append(evaluation.rewards(roles, tokenizer, made, batch_size, role=GUARD))
-        asked: dict[str, Any] = {
-            "prompts": [s.prompt for s in made],
-            "completions": [
-                s.completion if isinstance(s.prompt, str) else [{"role": "assistant", "content": s.completion}]
-                for s in made
-            ],
-            "completion_ids": [s.completion_ids for s in made],
-        }
-        for score in self.sources.functions:
-            found = score(**asked)
-            columns.append(asyncio.run(found) if inspect.iscoroutine(found) else found)
+        columns += [rewards.called(score, made) for score in self.sources.functions]
         return [_weighted(row, self.sources.weights) for row in zip(*columns, strict=True)]
 
 
@@ -97,7 +82,7 @@ def from_config(cfg: DictConfig, run_model: Path | None, optimized: Rewards | No
     if not prompts:
         faults.append("guard: it needs prompts to answer; set data.prompts.path=<file or hub id>")
     if asked.gold:
-        if any(source.kind != "world" for source in prompts):
+        if prompts and not data.is_world(cfg.data):
             faults.append(
                 "guard=gold knows the embedded world alone; guard=reward_model, function or url for your data"
             )
@@ -117,8 +102,8 @@ def gold(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[f
 
 def _seen(cfg: DictConfig, sources: Rewards, optimized: Rewards) -> list[str]:
     """Which of the sources the training optimizes, a line each."""
-    marks = {_mark(folder): folder for folder in optimized.adapters}
-    same = [f"guard.model: {f} is {marks[_mark(f)]}" for f in sources.adapters if _mark(f) in marks]
+    marks = {rewards.mark(folder): folder for folder in optimized.adapters}
+    same = [f"guard.model: {f} is {marks[rewards.mark(f)]}" for f in sources.adapters if rewards.mark(f) in marks]
     functions = {_path(item) for item in cfg.reward.functions or []}
     same += [
         f"guard.functions: {_path(f)} is in reward.functions"
@@ -132,12 +117,6 @@ def _seen(cfg: DictConfig, sources: Rewards, optimized: Rewards) -> list[str]:
         "such as a reward model of another seed (python -m recipes.rm -m run=<run> seed=8,9)"
     )
     return [f"{fault}, {why}" for fault in same]
-
-
-def _mark(folder: Path) -> str:
-    """Equal for equal weights, wherever they lie."""
-    file = folder / WEIGHTS
-    return disk.hash_file(file) if file.exists() else str(folder.resolve())
 
 
 def _path(function: Any) -> Any:

@@ -129,6 +129,16 @@ def refuse_differences(path: Path, old: dict[str, Any], new: dict[str, Any]) -> 
         )
 
 
+def refuse_other_bases(known: Mapping[Path, str | None], fingerprint: str) -> None:
+    """Raise if adapters, by folder with the fingerprint of their base where it is known, are of another base."""
+    if wrong := {path: base for path, base in known.items() if base not in (None, fingerprint)}:
+        raise UserError(
+            f"The base model has the fingerprint {fingerprint}, and here are adapters of another:\n"
+            + listed([f"{path}: {base}" for path, base in wrong.items()])
+            + "\nUse the model= they were made with, or start afresh with run=<new name>."
+        )
+
+
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """The keys whose values differ, a line each."""
     return [

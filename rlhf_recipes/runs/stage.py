@@ -35,6 +35,7 @@ from rlhf_recipes.runs.manifest import (
     read_manifest,
     refuse_damage,
     refuse_differences,
+    refuse_other_bases,
     relevant,
     versions,
 )
@@ -217,12 +218,7 @@ class Stage:
         """
         known = {made.path: made.manifest["base"] for made in self.predecessors.values()}
         known[self.path] = self.manifest["base"]
-        if wrong := {path: base for path, base in known.items() if base not in (None, fingerprint)}:
-            raise UserError(
-                f"The base model has the fingerprint {fingerprint}, and here are adapters of another:\n"
-                + listed([f"{path}: {base}" for path, base in wrong.items()])
-                + "\nUse the model= they were made with, or start afresh with run=<new name>."
-            )
+        refuse_other_bases(known, fingerprint)
         self.manifest["base"] = fingerprint
         if self._lock:
             disk.write_json(self.path / MANIFEST, self.manifest)
