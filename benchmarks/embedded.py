@@ -8,11 +8,11 @@ Finished stages are not made again, so a broken-off benchmark goes on where it w
 import json
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 
 from datasets import Dataset
 
+from benchmarks.turns import made_with
 from rlhf_recipes import models, reward_model, terminal, world
 from rlhf_recipes.config import compose
 
@@ -50,13 +50,11 @@ def report(runs: Path) -> str:
             lines.append(f"| {seed} | {label} | " + " | ".join(cells) + " |")
         accuracy.append(reward_model_row(runs / f"seed{seed}", seed))
     manifest = json.loads((runs / "seed0" / "ppo" / "manifest.json").read_text())
-    versions = ", ".join(f"{package} {version}" for package, version in manifest["versions"].items())
     return "\n".join(
         [
             "# The embedded world",
             "",
-            f"`python -m benchmarks.embedded`, {date.today()}, {manifest['device']}, {manifest['platform']}.",
-            f"Versions: {versions}.",
+            *made_with("embedded", manifest),
             "",
             "192 held-out prompts, 64 samples each at temperature 1; ± is half of the 95% interval over prompts.",
             "`gold` is the mean of helpful, honest and harmless. The changes are taken prompt by prompt.",

@@ -9,10 +9,10 @@ default KL penalty it must never fire. Finished stages are not made again.
 import json
 import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
+from benchmarks.turns import made_with
 from rlhf_recipes import terminal
 
 SEEDS = (0, 1, 2)
@@ -53,13 +53,11 @@ def report(runs: Path) -> str:
     }
     manifest = json.loads((next(iter(stages.values())) / "manifest.json").read_text())
     guard = manifest["config"]["guard"]
-    versions = ", ".join(f"{package} {version}" for package, version in manifest["versions"].items())
     return "\n".join(
         [
             "# The guard on the embedded world",
             "",
-            f"`python -m benchmarks.guard`, {date.today()}, {manifest['device']}, {manifest['platform']}.",
-            f"Versions: {versions}.",
+            *made_with("guard", manifest),
             "",
             f"192 held-out prompts, {guard['samples']} samples of each, every "
             f"{manifest['config']['training']['eval_steps']:g} steps of at most 168. `no_kl` is "

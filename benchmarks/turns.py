@@ -10,11 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,15 @@ def spread(values: Sequence[float | None], digits: int) -> str:
         return "-"
     mean, low, high = (f"{value:.{digits}f}" for value in (fmean(there), min(there), max(there)))
     return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def made_with(name: str, manifest: Mapping[str, Any]) -> list[str]:
+    """The first lines of a report on stages: what was run, when, and on what, by the manifest of one of them."""
+    versions = ", ".join(f"{package} {version}" for package, version in manifest["versions"].items())
+    return [
+        f"`python -m benchmarks.{name}`, {date.today()}, {manifest['device']}, {manifest['platform']}.",
+        f"Versions: {versions}.",
+    ]
 
 
 def header(title: str, name: str, chosen: argparse.Namespace, probed: Probed | None) -> list[str]:

@@ -84,3 +84,24 @@ def chatml():
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
     return tokenizer
+
+
+@pytest.fixture
+def make_reward_adapter(tiny_policy, tmp_path):
+    """A function that gives the folder of a reward model: the policy's adapter, its upper layers moved, and a head."""
+
+    import torch
+
+    from rlhf_recipes.roles import POLICY, REWARD, Roles
+
+    def make(seed):
+        roles = Roles(tiny_policy(), trunk=0.5)
+        roles.add_copy(REWARD, POLICY)
+        torch.manual_seed(seed)
+        roles.add_head(REWARD, torch.randn(1, 32))
+        for parameter in roles.layer_parameters(REWARD, roles.layers[2:]).values():
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+        roles.save_scalar(REWARD, tmp_path / f"reward{seed}")
+        return tmp_path / f"reward{seed}"
+
+    return make

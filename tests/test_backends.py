@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_ppo import count_w3, history, make_reward_adapter, make_trainer, moved, reward_adapter, weights  # noqa: F401
+from test_ppo import count_w3, history, make_trainer, moved, reward_adapter, weights  # noqa: F401
 from transformers.generation import ContinuousBatchingConfig
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import selective_log_softmax

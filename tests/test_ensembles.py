@@ -43,21 +43,9 @@ def test_no_member_is_worth_more_than_another_and_caution_never_pays_more_than_t
 
 
 @pytest.fixture
-def reward_models(tiny_policy, tmp_path):
+def reward_models(make_reward_adapter):
     """A function that gives the folders of reward models of some seeds, equal to the policy in the lower layers."""
-
-    def make(*seeds):
-        for seed in seeds:
-            roles = Roles(tiny_policy(), trunk=0.5)
-            roles.add_copy(REWARD, POLICY)
-            torch.manual_seed(seed)
-            roles.add_head(REWARD, torch.randn(1, 32))
-            for parameter in roles.layer_parameters(REWARD, roles.layers[2:]).values():
-                parameter.data.add_(torch.randn_like(parameter) * 0.05)
-            roles.save_scalar(REWARD, tmp_path / f"seed={seed}")
-        return [tmp_path / f"seed={seed}" for seed in seeds]
-
-    return make
+    return lambda *seeds: [make_reward_adapter(seed) for seed in seeds]
 
 
 SAMPLES = [Sample("", "", [3, 4, 5], [6, 7, 8]), Sample("", "", [9, 10], [3, 4, 5, 6])]

@@ -18,7 +18,7 @@ from trl.trainer.utils import selective_log_softmax
 
 from rlhf_recipes import PPOConfig, PPOTrainer
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Roles
+from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE
 
 
 def count_w3(completions, **kwargs):
@@ -58,23 +58,6 @@ def make_trainer(tmp_path, tiny_policy, tokenizer, prompts):
             reward_adapter=reward_adapter,
             ptx_dataset=ptx_dataset,
         )
-
-    return make
-
-
-@pytest.fixture
-def make_reward_adapter(tiny_policy, tmp_path):
-    """A function that gives the folder of a reward model: the policy's adapter, its upper layers moved, and a head."""
-
-    def make(seed):
-        roles = Roles(tiny_policy(), trunk=0.5)
-        roles.add_copy(REWARD, POLICY)
-        torch.manual_seed(seed)
-        roles.add_head(REWARD, torch.randn(1, 32))
-        for parameter in roles.layer_parameters(REWARD, roles.layers[2:]).values():
-            parameter.data.add_(torch.randn_like(parameter) * 0.05)
-        roles.save_scalar(REWARD, tmp_path / f"reward{seed}")
-        return tmp_path / f"reward{seed}"
 
     return make
 
