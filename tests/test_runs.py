@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -444,32 +445,49 @@ OPEN = """
 
 
 def test_a_kill_at_any_moment_leaves_no_stage_that_looks_finished_and_is_not(tmp_path):
+    """A child makes a finished stage anew and is killed at its n-th work on files, for every n there is."""
     body = (
         OPEN
         + """
-    print("go", flush=True)
-    while True:
+    import os, shutil, signal
+    def make():
         with Stage.open(cfg, "sft", data_fingerprint={}) as stage:
             stage.finish({}, save=save)
+    def killed_at(last):
+        if os.fork() == 0:
+            cfg["runs_dir"] = f"{runs_dir}/{last}"
+            shutil.copytree(f"{runs_dir}/whole", cfg["runs_dir"])
+            events = 0
+            def count(event, _):
+                nonlocal events
+                if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+                    events += 1
+                    if events == last:
+                        os.kill(os.getpid(), signal.SIGKILL)
+            sys.addaudithook(count)
+            make()
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
+    cfg["runs_dir"] = f"{runs_dir}/whole"
+    make()
+    moment = 1
+    while killed_at(moment):
+        moment += 1
     """
     )
-    seen = set()
-    for attempt in range(12):
-        writer = process(body, tmp_path, 200_000)
-        assert writer.stdout.readline() == "go\n"
-        time.sleep(0.02 + 0.013 * attempt)
-        writer.send_signal(signal.SIGKILL)
-        writer.communicate()
-        path = tmp_path / "mine" / "sft"
-        manifest = read_manifest(path)
-        seen.add(manifest["status"] if manifest else None)
-        if manifest and manifest["status"] == "finished":
-            Made.read(path)  # raises if an artefact is missing or cut short
-        with Stage.open(
-            {"run": "mine", "runs_dir": str(tmp_path), "overwrite": False, "seed": 0}, "sft", data_fingerprint={}
-        ):
+    writer = process(body, tmp_path, 1000)
+    assert (writer.communicate()[1], writer.returncode) == ("", 0)
+    seen = []
+    for moment in range(1, len(list(tmp_path.iterdir()))):
+        runs_dir = tmp_path / str(moment)
+        manifest = read_manifest(runs_dir / "mine" / "sft")
+        seen.append(manifest["status"] if manifest else None)
+        if seen[-1] == "finished":
+            Made.read(runs_dir / "mine" / "sft")  # raises if an artefact is missing or cut short
+        cfg = {"run": "mine", "runs_dir": str(runs_dir), "overwrite": False, "seed": 0}
+        with Stage.open(cfg, "sft", data_fingerprint={}):
             pass  # never needs mending by hand
-    assert len(seen) > 1, f"the kills came at one kind of moment only: {seen}"
+    assert [status for status, _ in groupby(seen)] == ["finished", "removing", "unfinished", "finished"]
 
 
 def test_a_second_process_is_told_who_holds_the_stage_and_a_dead_one_holds_nothing(tmp_path):
