@@ -39,8 +39,8 @@ plan: .venv/.ready  ## predict the peak memory of each stage, and what fits on a
 report: .venv/.ready  ## say what a run holds: runs/<run>/report.html, one page that stands alone
 	@$(RUN) recipes.report $(ARGS)
 
-test: .venv/.dev  ## run the tests (TEST_ARGS="-k runs" picks some)
-	@$(RUN) pytest $(TEST_ARGS)
+test: .venv/.dev  ## run the tests, on up to four cores (TEST_ARGS="-k runs" picks some)
+	@$(RUN) pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
 
 lint: .venv/.dev  ## check style and types
 	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy

@@ -1,11 +1,22 @@
 """Small things that many tests share: a tokenizer of 43 words, a tiny Llama, prompts."""
 
+import logging
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that would reach for the hub fails at once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """On several cores (`-n auto --dist loadgroup`) a file's tests stay together, with what they share: each base's."""
+    for item in items:
+        base = item.callspec.params.get("chain", "") if hasattr(item, "callspec") else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {base}"))
+
 
 WORDS = ["<pad>", "<eos>", "<unk>"] + [f"w{i}" for i in range(40)]
 
@@ -105,3 +116,20 @@ def make_reward_adapter(tiny_policy, tmp_path):
         return tmp_path / f"reward{seed}"
 
     return make
+
+
+@pytest.fixture(scope="module")
+def terminal_left_alone():
+    """Recipes set up logs, warnings and bars of the whole process; the tests after such a module get their own back."""
+    from transformers.utils import logging as transformers_logging
+
+    root, ours = logging.getLogger(), logging.getLogger("rlhf_recipes")
+    handlers, level, environment, show = [*root.handlers], ours.level, dict(os.environ), warnings.showwarning
+    yield
+    root.handlers[:] = handlers
+    ours.setLevel(level)
+    warnings.showwarning = show
+    os.environ.clear()
+    os.environ.update(environment)
+    transformers_logging.enable_default_handler()
+    transformers_logging.disable_propagation()

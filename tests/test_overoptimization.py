@@ -1,12 +1,12 @@
 """Ensembles, guard and curves by the command line, on the embedded base: a sweep of reward models and what uses it."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from commands import done, run
 
 from recipes.overoptimization import BETAS, parse
 from rlhf_recipes import world
@@ -19,16 +19,7 @@ FEW = ["evaluation.prompts=4", "evaluation.samples=1"]
 ONLY_FEW = ["guard.prompts=4", "guard.samples=2", "training.value_warmup_max_iterations=0", "reward.min_accuracy=0"]
 
 
-def run(recipe, *arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", f"recipes.{recipe}", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-
-
-def done(recipe, *arguments):
-    finished = run(recipe, *arguments)
-    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
-    return finished.stdout + finished.stderr
+pytestmark = pytest.mark.usefixtures("terminal_left_alone")
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +44,8 @@ def test_a_sweep_of_reward_models_is_an_ensemble_and_one_of_them_the_guard(share
     rm = of_run(shared) / "rm"
     ensemble = [f"reward.model=[run,{rm}/seed=1]", "reward.ensemble=worst"]
     guard = ["guard=reward_model", "guard.min_accuracy=0"]
-    refused = run("ppo", *shared, *STEPS, *ONLY_FEW, *ensemble, *guard, f"guard.model={rm}/seed=1")
-    assert refused.returncode == 2 and f"guard.model: {rm}/seed=1 is {rm}/seed=1, which PPO optimizes" in refused.stderr
+    code, output = run("ppo", *shared, *STEPS, *ONLY_FEW, *ensemble, *guard, f"guard.model={rm}/seed=1")
+    assert code == 2 and f"guard.model: {rm}/seed=1 is {rm}/seed=1, which PPO optimizes" in output
     done("ppo", *shared, *STEPS, *ONLY_FEW, *ensemble, *guard, f"guard.model={rm}/seed=2")
     made = of_run(shared) / "ppo"
     manifest = json.loads((made / "manifest.json").read_text())
@@ -83,13 +74,15 @@ def test_dpo_is_guarded_too(shared):
 @pytest.mark.slow
 def test_curves_are_drawn_and_what_is_finished_is_not_made_again(shared):
     arguments = ["beta=0,0.25", *shared, "--ppo", *STEPS, *ONLY_FEW, "guard=gold"]
-    done("overoptimization", *arguments)
+    command = [sys.executable, "-m", "recipes.overoptimization", *arguments]  # which starts processes of its own
+    first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-2000:] + second.stderr[-2000:]
     folder = of_run(shared) / "overoptimization"
     points = json.loads((folder / "metrics.json").read_text())["points"]
     assert [(p["beta"], p["step"]) for p in points] == [(beta, step) for beta in (0, 0.25) for step in (0, 2, 4)]
     assert all(p.keys() == {"beta", "seed", "step", "kl", "reward", "gold"} for p in points)
     assert (folder / curves.PICTURE).read_text().count("beta") >= 2
-    assert done("overoptimization", *arguments).count("unchanged: skipped") == 4
+    assert (second.stdout + second.stderr).count("unchanged: skipped") == 4
 
 
 # ---- without training

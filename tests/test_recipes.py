@@ -3,19 +3,17 @@
 import contextlib
 import hashlib
 import importlib
-import io
 import json
-import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from commands import done, run
 
 from rlhf_recipes import models, world
 from rlhf_recipes.config import compose
@@ -46,43 +44,7 @@ OWN = {  # of one stage: PPO moves the policy from its first iteration, and eval
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def terminal_left_alone():
-    """Recipes set up logs, warnings and bars of the whole process; the tests after this module get their own back."""
-    from transformers.utils import logging as transformers_logging
-
-    root, ours = logging.getLogger(), logging.getLogger("rlhf_recipes")
-    handlers, level, environment, show = [*root.handlers], ours.level, dict(os.environ), warnings.showwarning
-    yield
-    root.handlers[:] = handlers
-    ours.setLevel(level)
-    warnings.showwarning = show
-    os.environ.clear()
-    os.environ.update(environment)
-    transformers_logging.enable_default_handler()
-    transformers_logging.disable_propagation()
-
-
-def run(recipe, *overrides):
-    """Run a recipe as `python -m recipes.<recipe>` does, in this process: its exit code and all that it wrote."""
-    written = io.StringIO()
-    argv, sys.argv = sys.argv, ["recipe", *overrides]
-    code = 0
-    try:
-        with contextlib.redirect_stdout(written), contextlib.redirect_stderr(written):
-            importlib.import_module(f"recipes.{recipe}").main()
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-    return code, written.getvalue()
-
-
-def done(recipe, *overrides):
-    """The output of a recipe that must succeed."""
-    code, output = run(recipe, *overrides)
-    assert code == 0, output
-    return output
+pytestmark = pytest.mark.usefixtures("terminal_left_alone")
 
 
 @pytest.fixture(scope="module")
@@ -409,10 +371,15 @@ def test_the_smoke_experiment_works_as_it_stands(recipe):
 # ---- broken off
 
 
+quantized = pytest.mark.parametrize("chain", ["nf4"], indirect=True)  # full precision would show nothing new
+in_full_precision = pytest.mark.parametrize("chain", ["none"], indirect=True)  # nf4 would show nothing new
+
+
 class BrokenOff(Exception):
     """Stands for whatever ended the process."""
 
 
+@quantized
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo"])
 def test_a_stage_that_was_broken_off_ends_with_the_weights_of_an_unbroken_one(chain, stage, monkeypatch):
     name = f"{chain.folder.name}_broken_{stage}"
@@ -451,6 +418,7 @@ def brevity(completions, **kwargs):
 '''
 
 
+@quantized
 def test_a_killed_ppo_run_resumes_and_ends_with_the_weights_of_an_unbroken_one(chain, tmp_path):
     """The command itself, killed with no time to say good-bye; its reward is a mix of reward model and function."""
     (tmp_path / "mine.py").write_text(KILLING)
@@ -478,9 +446,6 @@ def test_a_killed_ppo_run_resumes_and_ends_with_the_weights_of_an_unbroken_one(c
 
 
 # ---- eval: the run's policies and others, side by side
-
-
-in_full_precision = pytest.mark.parametrize("chain", ["none"], indirect=True)  # nf4 would show nothing new
 
 
 @pytest.fixture(scope="module")
