@@ -85,14 +85,15 @@ def wins(runs: Path) -> list[str]:
                     "{:.1%} ({:.1%} to {:.1%})".format(*row["win_rate"]),
                     "{:.1%} ({:.1%} to {:.1%})".format(*row["length_controlled"]),
                     f"{row['ties']:.0%}",
+                    "{:.1%} ({:.1%} to {:.1%})".format(*row["without_ties"]),
                     "{:.3f} ± {:.3f}".format(*metrics["policies"][row["policy"]]["gold"]),
                 ]
                 lines.append(f"| {seed} | {row['policy']} | " + " | ".join(cells) + " |")
     return [
         f"Against SFT by `make eval`, {COMPARED} samples of each prompt, the truth as judge, a tie counted as half:",
         "",
-        "| seed | policy | wins | at equal length | ties | gold |",
-        "|---" * 6 + "|",
+        "| seed | policy | wins | at equal length | ties | wins without ties | gold |",
+        "|---" * 7 + "|",
         *lines,
         "",
     ]

@@ -332,6 +332,13 @@ def test_the_reward_model_that_was_optimised_is_no_evidence_and_gold_is(tmp_path
     assert told[0]["win_rate"] == (0.5, 0.5, 0.5)
 
 
+def test_wins_are_told_with_ties_as_half_and_without_them():
+    found = {name: answers(name, [("p", "one")] * 4) for name in ("sft", "ppo")}
+    judge = judges.Scores("s", {"ppo": [1.0, 1.0, 0.0, 0.0], "sft": [0.0, 0.0, 1.0, 0.0]})
+    (told,) = findings.win_rates(found, "sft", [judge], [None], 4, 0)
+    assert (told["win_rate"].mean, told["ties"], told["without_ties"].mean) == (2.5 / 4, 1 / 4, 2 / 3)
+
+
 def scoring(tmp_path, body):
     file = tmp_path / "scores.py"
     file.write_text(f"def score(prompts, completions, completion_ids, **kwargs):\n    return {body}\n")

@@ -231,7 +231,7 @@ def little_w3(completions, **kwargs):
 def train(tmp_path, tiny_policy, tokenizer, prompts):
     """A function that trains on a reward which the unseen score is against, under a guard, and gives both."""
 
-    def make(name="out", functions=(little_w3,), adapters=(), stop=False, resume=None, guarded=True, **args):
+    def make(name="out", functions=(little_w3,), adapters=(), stop=False, resume=None, guarded=True, still=0.0, **args):
         defaults = {
             "output_dir": str(tmp_path / name), "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
             "max_completion_length": 8, "max_steps": 16, "learning_rate": 2e-2, "value_learning_rate": 1e-2,
@@ -241,7 +241,8 @@ def train(tmp_path, tiny_policy, tokenizer, prompts):
             "save_total_limit": 1, "load_best_model_at_end": True, "greater_is_better": True,
             "metric_for_best_model": "guard" if guarded else "reward",
         }  # fmt: skip
-        section = {"prompts": 64, "samples": 4, "stop": stop, "tolerance": 0.0, "ensemble": "mean", "spread_coef": 1.0}
+        section = {"prompts": 64, "samples": 4, "stop": stop, "tolerance": 0.0, "root_kl_step": still}
+        section |= {"ensemble": "mean", "spread_coef": 1.0}
         answers = {"max_new_tokens": 8, "batch_size": 64}
         cfg = OmegaConf.create({"seed": 0, "guard": section, "evaluation": answers})
         trainer = PPOTrainer(
@@ -316,6 +317,22 @@ def test_a_resumed_guard_decides_as_one_that_was_not_broken_off(train):
     assert again.warning == watched.warning and watched.warning is not None
     assert equal(weights(unbroken), weights(resumed))
     assert resumed.state.best_metric == unbroken.state.best_metric
+
+
+def test_a_policy_that_has_hardly_moved_is_looked_at_in_every_fourth_evaluation(train):
+    trainer, watched = train("a", still=1e9, max_steps=8)
+    looks = {point.step: point for point in watched.history.points}
+    assert [*looks] == steps(trainer) == [0, 8]
+    every = {point.step: point for point in train("b", max_steps=8)[1].history.points}
+    assert all(every[step] == look for step, look in looks.items())
+    assert looks[0].score > looks[8].score  # so that the best is not the last
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")  # as good as the start, for all that is known
+
+
+def test_before_the_critic_lets_it_the_policy_is_looked_at_once(train):
+    waiting = {"value_warmup_max_iterations": 2, "value_warmup_explained_variance": 1.0}
+    _, watched = train(max_steps=8, **waiting)
+    assert [point.step for point in watched.history.points] == [0, 6, 8]
 
 
 def test_a_guard_that_stopped_stays_stopped_in_a_resume(train):

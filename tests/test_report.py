@@ -61,7 +61,13 @@ EVALUATION = {
     "policies": {"sft": measured(0.7, 0.0), "ppo": measured(0.91, 8.5, reward=(0.95, 0.03))},
     "win_rates": [
         {"policy": "ppo", "judge": "gold", "evidence": True, "win_rate": [0.68, 0.62, 0.74], "ties": 0.1}
-        | {"length_controlled": [0.66, 0.6, 0.72], "baseline": "sft", "prompts": 100, "failed": 0},
+        | {
+            "without_ties": [0.7, 0.64, 0.77],
+            "length_controlled": [0.66, 0.6, 0.72],
+            "baseline": "sft",
+            "prompts": 100,
+            "failed": 0,
+        },
         {"policy": "ppo", "judge": "reward", "evidence": False, "win_rate": [0.86, 0.82, 0.9], "baseline": "sft"},
     ],
     "reward_model": {
@@ -187,7 +193,10 @@ def test_policies_have_the_figures_of_the_evaluation_where_it_measured_them(text
 
 
 def test_a_judge_that_ppo_was_trained_to_please_is_no_evidence(full, text):
-    assert "| ppo | sft | gold | 68.0 (62.0 to 74.0) | 66.0 (60.0 to 72.0) | 10.0 | 100 | 0 |" in text
+    assert (
+        "| ppo | sft | gold | 68.0 (62.0 to 74.0) | 66.0 (60.0 to 72.0) | 10.0 | 70.0 (64.0 to 77.0) | 100 | 0 |"
+        in text
+    )
     assert "| ppo | sft | reward (no evidence) | 86.0 (82.0 to 90.0) | - |" in text
     assert '<tr class="muted"><td class="word"><span class="chip"' in (full / "report.html").read_text()
 

@@ -102,6 +102,7 @@ def win_rates(
                     "judge": judge.name,
                     "evidence": judge.evidence,
                     "win_rate": wins.win_rate(verdicts, samples, seed),
+                    "without_ties": wins.win_rate([None if v == 0.5 else v for v in verdicts], samples, seed),
                     "length_controlled": wins.length_controlled(verdicts, longer, samples, seed),
                     "ties": decided.count(0.5) / len(decided) if decided else None,
                     "prompts": len(categories),
@@ -186,6 +187,7 @@ def tell(metrics: Mapping[str, Any]) -> str:
             "wins": _percent(row["win_rate"]),
             "at equal length": _percent(row["length_controlled"]),
             "ties": None if row["ties"] is None else f"{row['ties']:.0%}",
+            "wins without ties": _percent(row["without_ties"]),
             "failed": row["failed"] or None,
         }
         for row in metrics["win_rates"]

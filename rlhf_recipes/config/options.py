@@ -144,6 +144,13 @@ class Guard(Reward):
             "scores on SFT samples). Higher: later, and fewer false alarms."
         },
     )
+    root_kl_step: float = field(
+        default=0.0,
+        metadata={
+            "help": "PPO: look where the root of the KL has moved by this since the last look, else at every fourth "
+            "evaluation. 0: at each."
+        },
+    )
     stop: bool = field(
         default=False, metadata={"help": "Stop when the score has turned down, and finish with the best checkpoint."}
     )

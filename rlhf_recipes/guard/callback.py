@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 FILE = "guard.json"
 REWARDS = ("eval_reward", "eval_rewards/margins")
 """What PPO and DPO say in an evaluation of what they optimize."""
+STILL = 4
+"""Evaluations after which a policy is looked at, however little its KL has moved."""
 
 
 def watch(
@@ -52,8 +54,9 @@ def watch(
 class Guard(TrainerCallback, ExportableState):
     """Adds `eval_guard` (the unseen score), `eval_guard_kl` and `eval_guard_reward` to a trainer's evaluations.
 
-    Prompts and noise are the same each time, and training is the same as without: the random state is left alone. Its
-    own state travels in the checkpoints, so that a resumed training decides as one that was not broken off.
+    A policy that has hardly moved since it was looked at last keeps its score, and is not written down again. Prompts
+    and noise are the same each time, and training is the same as without: the random state is left alone. Its own state
+    travels in the checkpoints, so that a resumed training decides as one that was not broken off.
     """
 
     def __init__(
@@ -69,7 +72,6 @@ class Guard(TrainerCallback, ExportableState):
         self.history = History(looks=1, tolerance=0.0 if scorer is None else scorer.cfg.tolerance)
         self.warning: str | None = None
         self.training = False
-        self.start: tuple[float, Halves] | None = None  # score and halves of the policy that has not moved yet
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -113,12 +115,15 @@ class Guard(TrainerCallback, ExportableState):
         points, scorer = self.history.points, self.scorer
         if scorer is None or not self.training or metrics is None or (points and points[-1].step >= state.global_step):
             return control  # the last one after training, and the first one of a resume
+        if points and not self._due(scorer, state, metrics.get("eval_kl")):
+            metrics["eval_guard"] = points[-1].score  # the Trainer looks here for `metric_for_best_model`
+            return control
         found = [self._measured(scorer, state.global_step, metrics) if state.is_world_process_zero else None]
         point, halves = broadcast_object_list(found)[0]
         figures = {"eval_guard": point.score, "eval_guard_kl": point.kl}
         if point.reward is not None:
             figures["eval_guard_reward"] = point.reward
-        metrics.update(figures)  # the Trainer looks here for `metric_for_best_model`
+        metrics.update(figures)
         self.trainer.log(dict(figures))
         turn = self.history.add(point, halves)
         if turn is not None and self.warning is None:
@@ -130,13 +135,18 @@ class Guard(TrainerCallback, ExportableState):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.training = False
 
+    def _due(self, scorer: Scorer, state: TrainerState, kl: float | None) -> bool:
+        """Whether the policy may answer otherwise than when it was looked at last, by its KL where that is known."""
+        last = self.history.points[-1]
+        if kl is None or kl == last.kl == 0:  # DPO; while PPO's critic warms up
+            return kl is None
+        moved = abs(max(kl, 0) ** 0.5 - max(last.kl, 0) ** 0.5)  # a score goes with the root: Gao et al.
+        return moved >= scorer.cfg.root_kl_step or state.global_step - last.step >= STILL * state.eval_steps
+
     def _measured(self, scorer: Scorer, step: int, metrics: dict[str, float]) -> tuple[Point, Halves]:
         """The point of this evaluation, and the mean score of each prompt on either half of its samples."""
         kl = metrics.get("eval_kl")  # PPO has just measured it
         reward = next((metrics[name] for name in REWARDS if name in metrics), None)
-        if kl == 0 and self.start is not None:  # while PPO's critic warms up
-            score, halves = self.start
-            return Point(step, kl, reward, score), halves
         options, size = scorer.cfg, self.cfg.evaluation.batch_size
         if self.prompts is None:
             self.prompts = data.heldout_prompts(self.cfg, count=options.prompts)
@@ -157,8 +167,6 @@ class Guard(TrainerCallback, ExportableState):
         if kl is None:
             first = made[:: options.samples]  # one of each prompt tells it well enough
             kl = fmean(evaluation.kl(self.roles, self.tokenizer, first, size, policy=POLICY, reference=REFERENCE))
-        if kl == 0:
-            self.start = score, halves
         return Point(step, kl, reward, score), halves
 
     def _told(self, scorer: Scorer, turn: Turn, args: TrainingArguments) -> str:

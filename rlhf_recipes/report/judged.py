@@ -45,13 +45,15 @@ def win_rates(found: Sequence[Mapping[str, Any]], baseline: object) -> list[Bloc
         judge = f"{duel.get('judge', '-')}{'' if evidence else ' (no evidence)'}"
         cells = [str(duel.get("policy", "-")), against, judge, *map(_percent, rates)]
         ties = finite(duel.get("ties"))
-        cells += ["-" if ties is None else f"{100 * ties:.1f}", number(duel.get("prompts")), number(duel.get("failed"))]
+        cells += ["-" if ties is None else f"{100 * ties:.1f}", _percent(_rate(duel.get("without_ties")))]
+        cells += [number(duel.get("prompts")), number(duel.get("failed"))]
         rows.append(Row(cells, hue(cells[0]), muted=not evidence))
         if rates[0]:
             label = f"{cells[0]}, {duel.get('judge', '-')}" if len({d.get("judge") for d in found}) > 1 else cells[0]
             marks.append(plots.Mark(label, hue(cells[0]), *rates[0], second=rates[1], muted=not evidence))
-    columns = ["policy", "against", "judge", "wins, %", "length-controlled, %", "ties, %", "prompts", "failed"]
-    note = "In brackets the 95% interval."
+    columns = ["policy", "against", "judge", "wins, %", "length-controlled, %", "ties, %", "wins without ties, %"]
+    columns += ["prompts", "failed"]
+    note = "A tie counts as half. In brackets the 95% interval."
     if any(row.muted for row in rows):
         note += " No evidence (grey): PPO was trained to please this judge, so its wins do not show better answers."
     blocks: list[Block] = [Text("", "Win rates"), Table(columns, rows, left=3, note=note)]
