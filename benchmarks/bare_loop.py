@@ -24,9 +24,9 @@ CLIP, VALUE_CLIP, GAMMA, LAMBDA = 0.2, 0.2, 1.0, 0.95
 class Loop:
     """Policy, reference, reward and value as adapters on one base whose lower layers are shared and frozen."""
 
-    def __init__(self, base: Path, reward: Path, rank: int, alpha: int, trunk: int, rate: float) -> None:
+    def __init__(self, base: Path, dtype: str, reward: Path, rank: int, alpha: int, trunk: int, rate: float) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         self.model = get_peft_model(model, config)
         for role in ROLES[1:]:
@@ -151,6 +151,7 @@ def main() -> None:
     """Run some iterations on the prompts of a file, all of one length."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), required=True)
     parser.add_argument("--reward", type=Path, required=True, help="a reward model: LoRA adapter with a score head")
     parser.add_argument("--prompts", type=Path, required=True, help="conversations, one a line")
     parser.add_argument("--iterations", type=int, required=True)
@@ -160,7 +161,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, required=True)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    loop = Loop(options.base, options.reward, options.rank, options.alpha, options.trunk, options.rate)
+    model = (options.base, options.dtype, options.reward)
+    loop = Loop(*model, options.rank, options.alpha, options.trunk, options.rate)
     prompts = [json.loads(line)["prompt"] for line in options.prompts.read_text().splitlines()]
     encoded = loop.tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, return_dict=True, return_tensors="pt"

@@ -3,7 +3,6 @@
 import argparse
 import json
 
-import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -21,16 +20,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("model")
+    parser.add_argument("dtype", choices=("bfloat16", "float32"))
     parser.add_argument("rows", help="JSONL file")
     parser.add_argument("training", type=json.loads, help="arguments of the trainer's config, as JSON")
     options = parser.parse_args()
     auto, config, trainer, task = STAGES[options.stage]
     labels = {"num_labels": 1} if task == "SEQ_CLS" else {}
-    model = auto.from_pretrained(options.model, dtype=torch.bfloat16, **labels)
+    model = auto.from_pretrained(options.model, dtype=options.dtype, **labels)
     model.config.pad_token_id = AutoTokenizer.from_pretrained(options.model).pad_token_id
     trainer(
         model=model,
-        args=config(bf16=True, report_to="none", **options.training),
+        args=config(bf16=options.dtype == "bfloat16", report_to="none", **options.training),
         train_dataset=load_dataset("json", data_files=options.rows, split="train"),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=task),
     ).train()

@@ -1,6 +1,6 @@
 """What our recipes cost beside a bare TRL script: writes benchmarks/results/overhead.md.
 
-    python -m benchmarks.overhead [--model <folder or hub id>]
+    python -m benchmarks.overhead [--model <folder or hub id>] [--dtype float32]
 
 SFT, RM and DPO on the rows and settings of `benchmarks.stages`; ours once with all layers trained, as the script does,
 and once with the default trunk.
@@ -9,12 +9,13 @@ and once with the default trunk.
 import json
 import logging
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import stages
 from benchmarks.stages import Row
-from benchmarks.turns import Contestant, header, options, probe, spread, write
+from benchmarks.turns import DTYPES, Contestant, header, options, probe, spread, write
 
 STAGES = ("sft", "rm", "dpo")
 
@@ -23,14 +24,14 @@ def main() -> None:
     """Run both in turns and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options("overhead", __doc__, task=False)
-    data, runs = chosen.cache / "stages", chosen.cache / "runs" / "overhead"
+    data, runs = chosen.cache / "stages", chosen.cache / "runs" / "overhead" / chosen.dtype
     stages.write_rows(data, chosen.model)
-    lines = ["| stage | | s / step | x TRL | peak anonymous, MB | x TRL |", "|---" * 6 + "|"]
+    lines = [f"| stage | in {DTYPES[chosen.dtype]} | s / step | x TRL | peak anonymous, MB | x TRL |", "|---" * 6 + "|"]
     for stage in STAGES:
         rivals = {
-            "bare TRL": bare(chosen.model, data, stage),
-            "ours, trunk 0": ours(chosen.model, data, stage, "trunk=0"),
-            "ours": ours(chosen.model, data, stage),
+            "bare TRL": bare(chosen, data, stage),
+            "ours, trunk 0": ours(chosen, data, stage, "trunk=0"),
+            "ours": ours(chosen, data, stage),
         }
         if stage == "sft":
             del rivals["ours, trunk 0"]  # SFT trains all layers anyway
@@ -45,18 +46,19 @@ def main() -> None:
     )
 
 
-def ours(model: str, data: Path, stage: str, *overrides: str) -> Contestant:
+def ours(chosen: Namespace, data: Path, stage: str, *overrides: str) -> Contestant:
     """Our recipe."""
-    return stages.contestant(model, data, stage, False, *overrides)
+    return stages.contestant(chosen, data, stage, False, *overrides)
 
 
-def bare(model: str, data: Path, stage: str) -> Contestant:
+def bare(chosen: Namespace, data: Path, stage: str) -> Contestant:
     """The script with the same arguments."""
 
     def program(folder: Path, seed: int) -> Sequence[str]:
         training = stages.training(stage, False) | {"output_dir": str(folder / "out"), "seed": seed}
         rows = data / f"{'sft' if stage == 'sft' else 'preferences'}.jsonl"
-        return [str(Path(__file__).parent / "bare_trl.py"), stage, model, str(rows), json.dumps(training)]
+        script = str(Path(__file__).parent / "bare_trl.py")
+        return [script, stage, chosen.model, chosen.dtype, str(rows), json.dumps(training)]
 
     return Contestant(f"{stage}-bare", Path(sys.executable), stages.IMPORTS, program, rival=False)
 
@@ -79,7 +81,8 @@ def table(stage: str, rows: dict[str, list[Row]]) -> list[str]:
 
 
 NOTES = [
-    "- The rows, lengths and micro-batches of benchmarks/results/stages.md, without checkpointing; bf16, LoRA r=16.",
+    "- The rows, lengths and micro-batches of benchmarks/results/stages.md, without checkpointing; LoRA r=16.",
+    stages.MAPPED,
     "- Mean over the turns (lowest to highest). In RM and DPO the default trunk leaves the lower layers alone.",
 ]
 

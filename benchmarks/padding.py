@@ -1,6 +1,6 @@
 """What it saves to train on micro-batches of like length: writes benchmarks/results/padding.md.
 
-    python -m benchmarks.padding [--model <folder or hub id>]
+    python -m benchmarks.padding [--model <folder or hub id>] [--dtype float32]
 
 PPO on prompts whose lengths spread as those of real data do, with and without the sorting of `ppo/rollout.py`; in
 turns, each in a process of its own.
@@ -10,6 +10,7 @@ import json
 import logging
 import random
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
@@ -17,15 +18,16 @@ from statistics import fmean, median
 from benchmarks import stages
 from benchmarks.ppo_task import write_lines
 from benchmarks.stages import Row
-from benchmarks.turns import Contestant, header, options, probe, spread, write
+from benchmarks.turns import DTYPES, Contestant, header, options, probe, spread, write
 
 EPISODES, MICRO_BATCH, ITERATIONS, COMPLETION = 32, 4, 5, 32
 MEDIAN, SIGMA, LONGEST = 60, 0.8, 300  # of the log-normal lengths of prompts, in tokens
 NOTES = [
-    f"- PPO in bf16, {EPISODES} episodes an iteration in micro-batches of {MICRO_BATCH}, two passes, default trunk, no",
+    f"- PPO, {EPISODES} episodes an iteration in micro-batches of {MICRO_BATCH}, two passes, default trunk, no",
     f"  checkpointing. Prompts are log-normal in length: median {MEDIAN} tokens, sigma {SIGMA}, at most {LONGEST};",
     f"  completions have up to {COMPLETION}.",
     "- *Padded* is what TRL does: every episode as wide as the longest prompt and completion of the batch.",
+    stages.MAPPED,
     "- Time of a whole iteration, generation included, which padding makes slower in both.",
 ]
 
@@ -37,18 +39,18 @@ def main() -> None:
         padded(sys.argv[2:])
         return
     chosen = options("padding", __doc__, task=False)
-    prompts = chosen.cache / "padding.jsonl"
+    prompts, runs = chosen.cache / "padding.jsonl", chosen.cache / "runs" / "padding" / chosen.dtype
     write_prompts(prompts, chosen.model)
     rows: dict[str, list[Row]] = {"padded": [], "by length": []}
     for turn in range(chosen.turns):
         for name, turns in rows.items():
-            run = probe(contestant(name, chosen.model, prompts), chosen.cache / "runs" / "padding" / str(turn))
+            run = probe(contestant(name, chosen, prompts), runs / str(turn))
             turns.append(Row("ppo", name, run))
     head = header("Micro-batches of like length", "padding", chosen, rows["padded"][0].cost)
-    write("padding", [*head, *table(rows), "", *NOTES])
+    write("padding", [*head, *table(rows, chosen.dtype), "", *NOTES])
 
 
-def contestant(name: str, model: str, prompts: Path) -> Contestant:
+def contestant(name: str, chosen: Namespace, prompts: Path) -> Contestant:
     """PPO by its recipe, with or without the sorting."""
     training = stages.training("ppo", checkpointing=False) | {
         "max_steps": 2 * ITERATIONS,
@@ -58,7 +60,7 @@ def contestant(name: str, model: str, prompts: Path) -> Contestant:
         "max_completion_length": COMPLETION,
     }
     overrides = [
-        *(f"model.name_or_path={model}", "model.dtype=bfloat16", "start=model", "data=files"),
+        *(f"model.name_or_path={chosen.model}", f"model.dtype={chosen.dtype}", "start=model", "data=files"),
         *(f"data.prompts.path={prompts}", "evaluation.prompts=0", "reward=function"),
         f"reward.functions=[{Path(__file__).parent / 'long_words.py'}:share]",
         *(f"training.{key}={json.dumps(value)}" for key, value in training.items()),
@@ -97,9 +99,9 @@ def write_prompts(file: Path, model: str) -> None:
     write_lines(file, [{"prompt": text(n)} for n in lengths])
 
 
-def table(rows: dict[str, list[Row]]) -> list[str]:
+def table(rows: dict[str, list[Row]], dtype: str) -> list[str]:
     """A line each, with the ratio to the padded one."""
-    lines = ["| micro-batches | s / iteration | | peak anonymous, MB | |", "|---" * 5 + "|"]
+    lines = [f"| micro-batches, {DTYPES[dtype]} | s / iteration | | peak anonymous, MB | |", "|---" * 5 + "|"]
     first = rows["padded"]
     seconds, memory = fmean(r.seconds for r in first), median(r.cost.anonymous for r in first)
     for name, turns in rows.items():

@@ -65,10 +65,11 @@ class Task:
     """Where the parts of the task lie."""
 
     folder: Path
+    dtype: str  # of the base and the classifier: a name of torch's
 
     @property
     def base(self) -> Path:
-        """The base in bf16, as transformers 5 reads it, with a pad token of its own."""
+        """The base, as transformers 5 reads it, with a pad token of its own."""
         return self.folder / "base"
 
     @property
@@ -78,7 +79,7 @@ class Task:
 
     @property
     def classifier(self) -> Path:
-        """The same merged into a sequence classifier in bf16, for the rivals and the judge."""
+        """The same merged into a sequence classifier, for the rivals and the judge."""
         return self.folder / "classifier"
 
     @property
@@ -92,10 +93,10 @@ class Task:
         return self.folder / "held-out.jsonl"
 
 
-def prepare(cache: Path, model: str) -> Task:
+def prepare(cache: Path, model: str, dtype: str) -> Task:
     """Make the task for a base model, a hub id or folder whose tokenizer knows ChatML; what is there is kept."""
-    folder = cache / f"task-{Path(model).name.lower()}"
-    task = Task(folder)
+    folder = cache / f"task-{Path(model).name.lower()}-{dtype}"
+    task = Task(folder, dtype)
     if (folder / "ready").exists():
         return task
     shutil.rmtree(folder, ignore_errors=True)
@@ -109,11 +110,10 @@ def prepare(cache: Path, model: str) -> Task:
 
 
 def _write_base(task: Task, model: str) -> None:
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=task.dtype)
     tokenizer.chat_template = CHATML
     # The tools disagree on where a reward model reads a sequence that ends in EOS if padding is EOS too: at the EOS, or
     # before it. With another pad token all read it at the EOS.
@@ -170,7 +170,7 @@ def _train_reward_model(task: Task) -> None:
 
 
 def recipe_options(task: Task, runs: Path) -> list[str]:
-    """What every recipe is told: this base in bf16, no SFT stage, LoRA as everybody has it, files for data."""
+    """What every recipe is told: this base in its dtype, no SFT stage, LoRA as everybody has it, files for data."""
     return [
         f"runs_dir={runs}",
         "run=task",
@@ -178,7 +178,7 @@ def recipe_options(task: Task, runs: Path) -> list[str]:
         "data=files",
         "model=smollm2-135m",  # lest the embedded world's own settings hold, those of the default group
         f"model.name_or_path={task.base}",
-        "model.dtype=bfloat16",
+        f"model.dtype={task.dtype}",
         f"lora.r={RANK}",
         f"lora.lora_alpha={ALPHA}",
         "training.gradient_checkpointing=false",
@@ -208,7 +208,7 @@ def _export_reward_model(task: Task) -> None:
 
     classifier = AutoModelForSequenceClassification.from_pretrained(task.base, num_labels=1, dtype=torch.float32)
     merged = PeftModel.from_pretrained(classifier, task.reward_adapter).merge_and_unload()
-    merged.to(torch.bfloat16).save_pretrained(task.classifier)
+    merged.to(getattr(torch, task.dtype)).save_pretrained(task.classifier)
     AutoTokenizer.from_pretrained(task.base).save_pretrained(task.classifier)
 
 
@@ -231,14 +231,13 @@ class Judge:
     """Scores policies: what they answer to the held-out prompts, by the common reward model, with the same noise."""
 
     def __init__(self, task: Task) -> None:
-        import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         tokenizer = AutoTokenizer.from_pretrained(task.base)
-        base = AutoModelForCausalLM.from_pretrained(task.base, dtype=torch.bfloat16)
-        classifier = AutoModelForSequenceClassification.from_pretrained(task.classifier, dtype=torch.bfloat16)
+        base = AutoModelForCausalLM.from_pretrained(task.base, dtype=task.dtype)
+        classifier = AutoModelForSequenceClassification.from_pretrained(task.classifier, dtype=task.dtype)
         # on a CPU, a bf16 linear layer on a slice copies its weight once for every row: the LM head, in `generate`
         base.lm_head.register_forward_pre_hook(lambda _, args: tuple(x.contiguous() for x in args))
         prompts = [prompt for prompt in read_prompts(task.held_out) for _ in range(SAMPLES)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import ppo_task
 from benchmarks.ppo_task import EPISODES, STEPS, Task
-from benchmarks.turns import Contestant, Probed, error_line, header, run, spread, write
+from benchmarks.turns import DTYPES, Contestant, Probed, error_line, header, run, spread, write
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def compete(
     """Run everybody in turns and judge what came of it; by label, a result for each turn."""
     contestants = [c for c in contestants if re.search(chosen.only, c.label)]
     runs = [
-        (contestant, seed, chosen.cache / "runs" / name / contestant.slug / str(seed))
+        (contestant, seed, chosen.cache / "runs" / name / chosen.dtype / contestant.slug / str(seed))
         for seed in range(chosen.turns)
         for contestant in contestants
         if seed == 0 or not contestant.once
@@ -181,10 +181,10 @@ def write_report(
         f"Mean over {chosen.turns} turns (lowest to highest), each with a seed of its own; a row without a range for "
         "the time ran in the first turn alone. The tools ran in turns, each in a process of its own.",
         "",
-        f"- **Task**: {Path(chosen.model).name}, LoRA r={ppo_task.RANK} on all linear layers, {EPISODES} episodes an "
-        f"iteration of {ppo_task.PROMPT_TOKENS} + {ppo_task.NEW_TOKENS} tokens, {ppo_task.PASSES} passes in "
-        f"micro-batches of {ppo_task.MICRO_BATCH} with one optimizer step each, learning rate "
-        f"{ppo_task.LEARNING_RATE:g}, KL coefficient {ppo_task.KL_COEFFICIENT:g}, temperature 1, no gradient "
+        f"- **Task**: {Path(chosen.model).name} in {DTYPES[chosen.dtype]}, LoRA r={ppo_task.RANK} on all linear "
+        f"layers, {EPISODES} episodes an iteration of {ppo_task.PROMPT_TOKENS} + {ppo_task.NEW_TOKENS} tokens, "
+        f"{ppo_task.PASSES} passes in micro-batches of {ppo_task.MICRO_BATCH} with one optimizer step each, learning "
+        f"rate {ppo_task.LEARNING_RATE:g}, KL coefficient {ppo_task.KL_COEFFICIENT:g}, temperature 1, no gradient "
         "checkpointing unless the row says so. The policy starts from the model itself. The reward model was trained "
         "once, by our recipe, and is given to ours as an adapter, to the others in their own form.",
         f"- **Time**: without loading and the first {SKIPPED} iterations; our critic warms up in up to four of them, "

@@ -1,6 +1,6 @@
 """PPO against LLaMA-Factory 0.9.1, the leanest rival: writes benchmarks/results/ppo_vs_llamafactory.md.
 
-    python -m benchmarks.ppo_vs_llamafactory [--model <folder or hub id>]
+    python -m benchmarks.ppo_vs_llamafactory [--model <folder or hub id>] [--dtype float32]
 
 Time, memory and reward on one task, on the CPU. The rival's environment is made on the first run.
 """
@@ -14,10 +14,9 @@ from typing import Any
 from benchmarks import ppo_task
 from benchmarks.ppo_task import STEPS, Task
 from benchmarks.ppo_turns import compete, ours, write_report
-from benchmarks.turns import Contestant, environment, options
+from benchmarks.turns import DTYPES, Contestant, environment, options
 
 NAME = "ppo_vs_llamafactory"
-OURS = "ours, bf16"
 # its own pins ask for a trl that its PPO cannot run with; these are the newest of the others that it accepts
 REQUIREMENTS = ("llamafactory==0.9.1", "torch==2.13.0", "numpy<2", "pyarrow<19", "pandas<2.3")
 NOTES = """
@@ -26,30 +25,37 @@ NOTES = """
   adaptive there, towards 6 nats, by at most 0.06% an iteration). It samples in micro-batches. It ends an answer also at
   `<|im_start|>`.
 """
+FLOAT32 = """\
+  It scores and trains under torch's autocast, which on a CPU is bf16 also where it is asked for float32; here autocast
+  is switched off (benchmarks/llamafactory_float32.py).
+"""
 
 
 def main() -> None:
     """Run both in turns and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options(NAME, __doc__)
+    short = DTYPES[chosen.dtype]
+    reference = f"ours, {short}"
     python = environment(chosen.cache, "llamafactory", REQUIREMENTS)
-    task = ppo_task.prepare(chosen.cache, chosen.model)
-    folder = task.folder / "llamafactory"
+    task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
     n = chosen.iterations
-    _translate(task, folder, n)
+    _translate(task, n)
     contestants = [
-        ours(task, n, OURS),
-        llamafactory(folder, n, python, "LLaMA-Factory, bf16", checkpointing=False),
-        ours(task, n, "ours, bf16, trunk 0", "trunk=0", once=True),
-        ours(task, n, "ours, bf16, checkpointing", "training.gradient_checkpointing=true"),
-        llamafactory(folder, n, python, "LLaMA-Factory, bf16, checkpointing", checkpointing=True),
+        ours(task, n, reference),
+        llamafactory(task, n, python, f"LLaMA-Factory, {short}", checkpointing=False),
+        ours(task, n, f"ours, {short}, trunk 0", "trunk=0", once=True),
+        ours(task, n, f"ours, {short}, checkpointing", "training.gradient_checkpointing=true"),
+        llamafactory(task, n, python, f"LLaMA-Factory, {short}, checkpointing", checkpointing=True),
     ]
     title = "PPO against LLaMA-Factory 0.9.1"
-    write_report(NAME, title, compete(contestants, task, chosen, NAME), OURS, chosen, NOTES)
+    notes = NOTES + (FLOAT32 if chosen.dtype == "float32" else "")
+    write_report(NAME, title, compete(contestants, task, chosen, NAME), reference, chosen, notes)
 
 
-def llamafactory(folder: Path, iterations: int, python: Path, label: str, *, checkpointing: bool) -> Contestant:
-    """LLaMA-Factory on the common task, as it was translated into the folder."""
+def llamafactory(task: Task, iterations: int, python: Path, label: str, *, checkpointing: bool) -> Contestant:
+    """LLaMA-Factory on the common task, as it was translated."""
+    folder = translated(task)
 
     def program(run: Path, seed: int) -> list[str]:
         arguments: dict[str, Any] = {
@@ -80,7 +86,7 @@ def llamafactory(folder: Path, iterations: int, python: Path, label: str, *, che
             "temperature": 1.0,
             "top_k": 0,
             "top_p": 1.0,
-            "bf16": True,
+            "bf16": task.dtype == "bfloat16",  # else its dtype is float32, as there is no GPU
             "use_cpu": True,
             "disable_gradient_checkpointing": not checkpointing,
             "logging_steps": 1,
@@ -88,16 +94,25 @@ def llamafactory(folder: Path, iterations: int, python: Path, label: str, *, che
             "report_to": "none",
         }
         (run / "arguments.json").write_text(json.dumps(arguments, indent=1))
-        return ["-m", "llamafactory.launcher", str(run / "arguments.json")]
+        launcher = [str(Path(__file__).parent / "llamafactory_float32.py")]
+        if task.dtype == "bfloat16":
+            launcher = ["-m", "llamafactory.launcher"]
+        return [*launcher, str(run / "arguments.json")]
 
     imports = ["llamafactory.train.tuner:run_exp", "trl:PPOTrainer", "transformers:AutoModelForCausalLM"]
     return Contestant(label, python, imports, program, steps=STEPS)
 
 
-def _translate(task: Task, folder: Path, iterations: int) -> None:
+def translated(task: Task) -> Path:
+    """Where the task lies as LLaMA-Factory reads it."""
+    return task.folder / "llamafactory"
+
+
+def _translate(task: Task, iterations: int) -> None:
     """Write the task as LLaMA-Factory and its transformers 4.46 and peft 0.12 read it."""
     from safetensors.torch import load_file, save_file
 
+    folder = translated(task)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(task.base, folder / "base")
     # transformers 5 names the type, the rope and the tokenizer's class in a way that 4.46 does not know

@@ -1,8 +1,8 @@
 """PPO against ms-swift 4.6.0, the one rival on current libraries: writes benchmarks/results/ppo_vs_swift.md.
 
-    python -m benchmarks.ppo_vs_swift [--model <folder or hub id>]
+    python -m benchmarks.ppo_vs_swift [--model <folder or hub id>] [--dtype float32]
 
-Time, memory and reward on one task, on the CPU, in bf16 and nf4. The rival's environment is made on the first run.
+Time, memory and reward on one task, on the CPU, with and without nf4. The rival's environment is made on the first run.
 """
 
 import logging
@@ -12,10 +12,9 @@ from typing import Any
 from benchmarks import ppo_task
 from benchmarks.ppo_task import STEPS, Task
 from benchmarks.ppo_turns import compete, ours, write_report
-from benchmarks.turns import Contestant, environment, options
+from benchmarks.turns import DTYPES, Contestant, environment, options
 
 NAME = "ppo_vs_swift"
-OURS = "ours, bf16"
 REQUIREMENTS = (
     "ms-swift==4.6.0",
     "torch==2.13.0",
@@ -24,12 +23,11 @@ REQUIREMENTS = (
     "peft==0.20.*",
     "bitsandbytes==0.50.2",
 )
-NF4: dict[str, Any] = {
+NF4 = {
     "quant_method": "bnb",
     "quant_bits": 4,
     "bnb_4bit_quant_type": "nf4",
     "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": "bfloat16",
 }
 NOTES = """
 - **ms-swift** runs TRL 0.29's PPOTrainer, which takes one `local_rollout_forward_batch_size` for sampling and scoring,
@@ -41,20 +39,22 @@ def main() -> None:
     """Run both in turns and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options(NAME, __doc__)
+    short = DTYPES[chosen.dtype]
+    reference = f"ours, {short}"
     python = environment(chosen.cache, "swift", REQUIREMENTS)
-    task = ppo_task.prepare(chosen.cache, chosen.model)
+    task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
     n = chosen.iterations
     contestants = [
-        ours(task, n, OURS),
-        swift(task, n, python, "ms-swift, bf16, rollouts of 32", rollout=32),
-        ours(task, n, "ours, bf16, trunk 0", "trunk=0", once=True),
-        swift(task, n, python, "ms-swift, bf16, rollouts of 8", rollout=8, once=True),
-        ours(task, n, "ours, nf4", "quantization=nf4"),
-        swift(task, n, python, "ms-swift, nf4, rollouts of 32", rollout=32, quantization=NF4),
-        ours(task, n, "ours, nf4, trunk 0", "quantization=nf4", "trunk=0", once=True),
-        swift(task, n, python, "ms-swift, nf4, rollouts of 8", rollout=8, quantization=NF4, once=True),
+        ours(task, n, reference),
+        swift(task, n, python, f"ms-swift, {short}, rollouts of 32", rollout=32),
+        ours(task, n, f"ours, {short}, trunk 0", "trunk=0", once=True),
+        swift(task, n, python, f"ms-swift, {short}, rollouts of 8", rollout=8, once=True),
+        ours(task, n, f"ours, nf4 in {short}", "quantization=nf4"),
+        swift(task, n, python, f"ms-swift, nf4 in {short}, rollouts of 32", rollout=32, nf4=True),
+        ours(task, n, f"ours, nf4 in {short}, trunk 0", "quantization=nf4", "trunk=0", once=True),
+        swift(task, n, python, f"ms-swift, nf4 in {short}, rollouts of 8", rollout=8, nf4=True, once=True),
     ]
-    write_report(NAME, "PPO against ms-swift 4.6.0", compete(contestants, task, chosen, NAME), OURS, chosen, NOTES)
+    write_report(NAME, "PPO against ms-swift 4.6.0", compete(contestants, task, chosen, NAME), reference, chosen, NOTES)
 
 
 def swift(
@@ -64,7 +64,7 @@ def swift(
     label: str,
     *,
     rollout: int,
-    quantization: dict[str, Any] | None = None,
+    nf4: bool = False,
     once: bool = False,
 ) -> Contestant:
     """`swift rlhf --rlhf_type ppo` on the common task."""
@@ -80,7 +80,7 @@ def swift(
             "template": "chatml",
             "reward_model": task.classifier,
             "reward_model_type": "llama",
-            "torch_dtype": "bfloat16",
+            "torch_dtype": task.dtype,
             "tuner_type": "lora",
             "target_modules": "all-linear",
             "lora_rank": ppo_task.RANK,
@@ -104,7 +104,8 @@ def swift(
             "lr_scheduler_type": "constant",
             "warmup_ratio": 0,
             "kl_coef": ppo_task.KL_COEFFICIENT,
-            "bf16": True,
+            "bf16": task.dtype == "bfloat16",
+            "fp16": False,  # its default for a base in float32
             "use_cpu": True,
             "gradient_checkpointing": False,
             "num_sample_generations": 0,
@@ -112,7 +113,7 @@ def swift(
             "report_to": "none",
             "dataset_num_proc": 1,
             "dataloader_num_workers": 0,
-        } | (quantization or {})
+        } | (NF4 | {"bnb_4bit_compute_dtype": task.dtype} if nf4 else {})
         flags = [str(part) for key, value in arguments.items() for part in (f"--{key}", value)]
         return ["-m", "swift.cli.rlhf", *flags]
 

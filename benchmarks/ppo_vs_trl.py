@@ -1,6 +1,6 @@
 """PPO against TRL 1.12.0's PPOTrainer, the last that TRL had: writes benchmarks/results/ppo_vs_trl.md.
 
-    python -m benchmarks.ppo_vs_trl [--model <folder or hub id>]
+    python -m benchmarks.ppo_vs_trl [--model <folder or hub id>] [--dtype float32]
 
 Time, memory and reward on one task, on the CPU. The rival's environment is made on the first run.
 """
@@ -13,10 +13,9 @@ from typing import Any
 from benchmarks import ppo_task
 from benchmarks.ppo_task import STEPS, Task
 from benchmarks.ppo_turns import compete, ours, write_report
-from benchmarks.turns import Contestant, environment, options
+from benchmarks.turns import DTYPES, Contestant, environment, options
 
 NAME = "ppo_vs_trl"
-OURS = "ours, bf16"
 REQUIREMENTS = ("trl==1.12.0", "torch==2.13.0", "transformers==5.24.0", "peft==0.21.2", "bitsandbytes==0.50.2")
 NOTES = """
 - **TRL** takes one `local_rollout_forward_batch_size` for sampling and scoring, which a row names. It holds a base each
@@ -29,19 +28,21 @@ def main() -> None:
     """Run both in turns and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options(NAME, __doc__)
+    short = DTYPES[chosen.dtype]
+    reference = f"ours, {short}"
     python = environment(chosen.cache, "trl", REQUIREMENTS)
-    task = ppo_task.prepare(chosen.cache, chosen.model)
+    task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
     n = chosen.iterations
     contestants = [
-        ours(task, n, OURS),
-        trl(task, n, python, "TRL, bf16, rollouts of 32", rollout=32),
-        ours(task, n, "ours, bf16, trunk 0", "trunk=0", once=True),
-        trl(task, n, python, "TRL, bf16, rollouts of 8", rollout=8, once=True),
-        ours(task, n, "ours, nf4", "quantization=nf4"),
-        trl(task, n, python, "TRL, bf16, full value model, rollouts of 32", rollout=32, full_value=True, once=True),
-        trl(task, n, python, "TRL, nf4", rollout=32, nf4=True, once=True),
+        ours(task, n, reference),
+        trl(task, n, python, f"TRL, {short}, rollouts of 32", rollout=32),
+        ours(task, n, f"ours, {short}, trunk 0", "trunk=0", once=True),
+        trl(task, n, python, f"TRL, {short}, rollouts of 8", rollout=8, once=True),
+        ours(task, n, f"ours, nf4 in {short}", "quantization=nf4"),
+        trl(task, n, python, f"TRL, {short}, full value model, rollouts of 32", rollout=32, full_value=True, once=True),
+        trl(task, n, python, f"TRL, nf4 in {short}", rollout=32, nf4=True, once=True),
     ]
-    write_report(NAME, "PPO against TRL 1.12.0", compete(contestants, task, chosen, NAME), OURS, chosen, NOTES)
+    write_report(NAME, "PPO against TRL 1.12.0", compete(contestants, task, chosen, NAME), reference, chosen, NOTES)
 
 
 def trl(
@@ -74,7 +75,7 @@ def trl(
             "learning_rate": ppo_task.LEARNING_RATE,
             "lr_scheduler_type": "constant",
             "kl_coef": ppo_task.KL_COEFFICIENT,
-            "bf16": True,
+            "bf16": task.dtype == "bfloat16",
             "use_cpu": True,
             "gradient_checkpointing": False,
             "num_sample_generations": 0,
@@ -83,6 +84,7 @@ def trl(
         }
         given = {
             "base": str(task.base),
+            "dtype": task.dtype,
             "classifier": str(task.classifier),
             "prompts": ppo_task.prompts_for_rival(task, iterations),
             "lora": {"r": ppo_task.RANK, "lora_alpha": ppo_task.ALPHA},

@@ -24,7 +24,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from benchmarks.probe import AnonymousPeak, memory, versions
-from benchmarks.turns import REPOSITORY, error_line, processor, write
+from benchmarks.turns import REPOSITORY, cpu_dtype, error_line, processor, write
 from rlhf_recipes.figures import number
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,8 @@ def main() -> None:
         return
     import torch
 
-    from rlhf_recipes.models import _multiplies_bf16
-
     gpu = torch.cuda.is_available()
-    bases = chosen.bases or ["bfloat16" if gpu or _multiplies_bf16() else "float32", "nf4"]
+    bases = chosen.bases or ["bfloat16" if gpu else cpu_dtype(), "nf4"]
     rows = [measure(base, backend) for base in bases for backend in chosen.backends]
     device = torch.cuda.get_device_name(0) if gpu else f"{processor()}, {torch.get_num_threads()} threads"
     write("rollouts", [*heading(chosen, device), *table(rows), "", *notes(chosen, gpu)])
@@ -65,7 +63,9 @@ def options() -> argparse.Namespace:
     )
     parser.add_argument("--ends", type=int, help="let every so many-th token end an answer (default: EOS alone)")
     parser.add_argument("--rounds", type=int, default=3, help="rollout batches that are timed (default: %(default)s)")
-    parser.add_argument("--bases", nargs="+", choices=BASES, help="(default: bfloat16, or float32 on a CPU; nf4)")
+    parser.add_argument(
+        "--bases", nargs="+", choices=BASES, help="(default: bfloat16, or float32 on a CPU without it; nf4)"
+    )
     parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()

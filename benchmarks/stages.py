@@ -1,6 +1,6 @@
 """What each stage costs at equal lengths: writes benchmarks/results/stages.md, with PPO's memory as a ratio to SFT's.
 
-    python -m benchmarks.stages [--model <folder or hub id>]
+    python -m benchmarks.stages [--model <folder or hub id>] [--dtype float32]
 
 Every stage gets rows of 64 + 64 tokens in micro-batches of 4 sequences (RM and DPO: 2 pairs), with and without
 activation checkpointing, each in a process of its own.
@@ -10,6 +10,7 @@ import json
 import logging
 import random
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.ppo_task import write_lines
-from benchmarks.turns import Contestant, Probed, header, options, probe, write
+from benchmarks.turns import DTYPES, Contestant, Probed, header, options, probe, write
 
 PROMPT, COMPLETION = 64, 64  # tokens
 SEQUENCES = 16  # of an optimizer step; a pair is two
@@ -26,10 +27,12 @@ MICRO_BATCH = 4
 STEPS = 8
 STAGES = ("sft", "rm", "dpo", "ppo")
 IMPORTS = ("trl:SFTTrainer", "trl:RewardTrainer", "trl:DPOTrainer", "rlhf_recipes:PPOTrainer")
+MAPPED = "- Anonymous memory holds the base's weights only if their file has another dtype: else the file is mapped."
 NOTES = [
-    "- LoRA r=16 on all linear layers of a bf16 base; SFT trains all of them, the other stages the upper half.",
+    "- LoRA r=16 on all linear layers; SFT trains all of them, the other stages the upper half.",
     f"- {PROMPT} + {COMPLETION} tokens, {SEQUENCES} sequences an optimizer step, micro-batches of {MICRO_BATCH}.",
     "- Memory is the peak of the process less what it has after importing its libraries.",
+    MAPPED,
     "- Tokens are those of the rows, each counted once. DPO scores them under the reference, too; PPO makes half of",
     "  them, scores all under its roles, and trains on them twice.",
     "- PPO's reward here is a function; a reward adapter is one more set of LoRA weights.",
@@ -54,21 +57,22 @@ def main() -> None:
     """Run every stage and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options("stages", __doc__, task=False)
-    data, runs = chosen.cache / "stages", chosen.cache / "runs" / "stages"
+    data, runs = chosen.cache / "stages", chosen.cache / "runs" / "stages" / chosen.dtype
     write_rows(data, chosen.model)
     rows = [
-        Row(stage, setting, probe(contestant(chosen.model, data, stage, checkpointing), runs))
+        Row(stage, setting, probe(contestant(chosen, data, stage, checkpointing), runs))
         for setting, checkpointing in (("no checkpointing", False), ("checkpointing", True))
         for stage in STAGES
     ]
-    write("stages", [*header("The stages side by side", "stages", chosen, rows[0].cost), *table(rows), "", *NOTES])
+    head = header("The stages side by side", "stages", chosen, rows[0].cost)
+    write("stages", [*head, *table(rows, chosen.dtype), "", *NOTES])
 
 
-def contestant(model: str, data: Path, stage: str, checkpointing: bool, *more: str) -> Contestant:
+def contestant(chosen: Namespace, data: Path, stage: str, checkpointing: bool, *more: str) -> Contestant:
     """A stage as its recipe runs it, at the common lengths."""
     part = {"sft": "sft", "ppo": "prompts"}.get(stage, "preferences")
     overrides = [
-        *(f"model.name_or_path={model}", "model.dtype=bfloat16", "start=model", "data=files"),
+        *(f"model.name_or_path={chosen.model}", f"model.dtype={chosen.dtype}", "start=model", "data=files"),
         f"data.{part}.path={data / part}.jsonl",
         *(f"training.{key}={json.dumps(value)}" for key, value in training(stage, checkpointing).items()),
         *more,
@@ -123,9 +127,10 @@ def writer(model: str, chance: random.Random) -> Callable[[int], str]:
     return lambda tokens: "".join(chance.choices(words, k=tokens)).replace("Ġ", " ")
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Row], dtype: str) -> list[str]:
     """A line for each stage and setting; ratios are to SFT in the same setting."""
-    lines = ["| stage | | peak anonymous, MB | x SFT | peak RSS, MB | x SFT | tokens/s |", "|---" * 7 + "|"]
+    columns = f"stage | in {DTYPES[dtype]} | peak anonymous, MB | x SFT | peak RSS, MB | x SFT | tokens/s"
+    lines = [f"| {columns} |", "|---" * 7 + "|"]
     for row in rows:
         sft = next(other.cost for other in rows if (other.stage, other.setting) == ("sft", row.setting))
         anonymous = f"{row.cost.anonymous:,} | {row.cost.anonymous / sft.anonymous:.2f}"

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import (
@@ -27,19 +26,21 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer
 def main() -> None:
     """Train on what the file says; `lora` and `training` hold options of LoraConfig and PPOConfig."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", type=Path, help="JSON: base, classifier, prompts, lora, training, nf4, full_value")
+    parser.add_argument(
+        "task", type=Path, help="JSON: base, dtype, classifier, prompts, lora, training, nf4, full_value"
+    )
     task: dict[str, Any] = json.loads(parser.parse_args().task.read_text())
 
     def classifier() -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_pretrained(task["classifier"], num_labels=1, **loading)
 
-    loading: dict[str, Any] = {"dtype": torch.bfloat16}
+    loading: dict[str, Any] = {"dtype": task["dtype"]}
     if task["nf4"]:
         loading["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=task["dtype"],
         )
         loading["device_map"] = {"": "cpu"}
     tokenizer = AutoTokenizer.from_pretrained(task["base"], padding_side="left")

@@ -26,6 +26,9 @@ PROBE = Path(__file__).parent / "probe.py"
 CONSTRAINTS = "torch==2.13.0"
 """Of every rival's environment: the torch that the project is tested with."""
 
+DTYPES = {"bfloat16": "bf16", "float32": "float32"}
+"""What the weights of a base can be in, and what it is called in the tables."""
+
 
 @dataclass(frozen=True)
 class Contestant:
@@ -94,11 +97,25 @@ def options(name: str, description: str | None, *, task: bool = True) -> argpars
         "--only", default="", help="only the rows whose label this regular expression finds, for a trial"
     )
     parser.add_argument("--resume", action="store_true", help="keep the runs that are finished")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the weights and of the arithmetic, for everybody (default: bfloat16 where this CPU multiplies it, "
+        "else float32)",
+    )
     chosen = parser.parse_args()
+    chosen.dtype = chosen.dtype or cpu_dtype()
     if task and chosen.iterations < 2:
         parser.error("--iterations: the first is not timed, so at least 2")
     chosen.cache = chosen.cache.resolve()
     return chosen
+
+
+def cpu_dtype() -> str:
+    """bfloat16 where this CPU has instructions for it; elsewhere it is many times slower than float32."""
+    from rlhf_recipes.models import multiplies_bf16
+
+    return "bfloat16" if multiplies_bf16() else "float32"
 
 
 def environment(cache: Path, name: str, requirements: Sequence[str]) -> Path:
@@ -186,16 +203,16 @@ def made_with(name: str, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def header(title: str, name: str, chosen: argparse.Namespace, probed: Probed | None) -> list[str]:
-    """The first lines of a report: what was run, when, and on what."""
-    given = {key: getattr(chosen, key) for key in ("iterations", "turns") if key in chosen}
+    """The first lines of a report: what was run, when, in which dtype, and on what."""
+    given = {key: getattr(chosen, key) for key in ("iterations", "turns", "dtype") if key in chosen}
     command = " ".join([f"python -m benchmarks.{name}", *(f"--{key} {value}" for key, value in given.items())])
     threads = probed.threads if probed else "?"
     device = f"{processor()}, {threads} threads, {platform.system()} {platform.machine()}"
     packages = ", ".join(f"{p} {v}" for p, v in probed.versions.items()) if probed else "?"
     return [
-        f"# {title}",
+        f"# {title}, in {DTYPES[chosen.dtype]}",
         "",
-        f"`{command}`, {Path(chosen.model).name}, {date.today()}, {device}.",
+        f"`{command}`, {Path(chosen.model).name} in {DTYPES[chosen.dtype]}, {date.today()}, {device}.",
         "",
         f"Ours: {packages}.",
         "",

@@ -152,7 +152,7 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
         compute = {"bnb_4bit_compute_dtype": dtype(cfg.model)} if cfg.quantization.get("load_in_4bit") else {}
         common["quantization_config"] = build(BitsAndBytesConfig, cfg.quantization, **compute)
         common["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    if dtype(cfg.model) == torch.bfloat16 and not torch.cuda.is_available() and not _multiplies_bf16():
+    if dtype(cfg.model) == torch.bfloat16 and not torch.cuda.is_available() and not multiplies_bf16():
         logger.warning(
             "this CPU has no bf16 instructions, and multiplies bf16 matrices many times slower than float32 ones "
             "(model.dtype=float32 is faster, at twice the memory)"
@@ -170,7 +170,7 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
     return model.requires_grad_(False)
 
 
-def _multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool:
     """Whether torch has a fast bf16 matrix product on this CPU."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
 

@@ -1,16 +1,32 @@
 """The benchmarks against rivals: what they read out of runs, and the table they make of it."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_cards, rollouts
+from benchmarks import (
+    gpu_cards,
+    overhead,
+    padding,
+    ppo_task,
+    ppo_turns,
+    ppo_vs_bare_loop,
+    ppo_vs_llamafactory,
+    ppo_vs_swift,
+    ppo_vs_trl,
+    rollouts,
+    stages,
+    turns,
+)
 from benchmarks.ppo_turns import Failure, Run, table
-from benchmarks.turns import error_line, spread
+from benchmarks.turns import Contestant, error_line, spread
 from rlhf_recipes.config import compose
 
 
@@ -63,6 +79,115 @@ def test_table_compares_with_ours_and_keeps_failures() -> None:
     assert [row[6:8] for row in rows[:2]] == [["4.00", "4.00"], ["4.00", "2.00"]]
     assert rows[2][:2] == ["broken", "failed: RuntimeError: a / b"]
     assert len({len(row) for row in rows}) == 1
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_the_dtype_is_bf16_where_the_cpu_multiplies_it(fast: bool, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_recipes.models.multiplies_bf16", lambda: fast)
+
+    monkeypatch.setattr(sys, "argv", ["stages"])
+    assert turns.options("stages", None, task=False).dtype == dtype
+    monkeypatch.setattr(sys, "argv", ["stages", "--dtype", "bfloat16"])
+    assert turns.options("stages", None, task=False).dtype == "bfloat16"
+
+
+@pytest.fixture(params=["bfloat16", "float32"])
+def chosen(request: pytest.FixtureRequest, tmp_path: Path) -> argparse.Namespace:
+    """A command line with either dtype."""
+    return argparse.Namespace(
+        model="some/Model", iterations=2, turns=1, cache=tmp_path, only="", resume=False, dtype=request.param
+    )
+
+
+@pytest.fixture
+def task(chosen: argparse.Namespace) -> ppo_task.Task:
+    """The common task with two prompts, and no models."""
+    made = ppo_task.Task(chosen.cache, chosen.dtype)
+    ppo_task.write_lines(made.prompts, [{"prompt": [{"role": "user", "content": text}]} for text in ("a", "b")])
+    return made
+
+
+def flags(program: Sequence[str]) -> dict[str, str]:
+    """The value after each `--name`."""
+    return {key.removeprefix("--"): value for key, value in pairwise(program) if key.startswith("--")}
+
+
+def test_a_recipe_is_told_the_dtype(chosen: argparse.Namespace, task: ppo_task.Task, tmp_path: Path) -> None:
+    for contestant in (
+        ppo_turns.ours(task, 2, "ours"),
+        stages.contestant(chosen, tmp_path, "rm", False),
+        overhead.ours(chosen, tmp_path, "sft"),
+        padding.contestant("padded", chosen, tmp_path),
+    ):
+        assert f"model.dtype={chosen.dtype}" in contestant.program(tmp_path, 0)
+
+
+def test_the_programs_beside_ours_are_told_the_dtype(
+    chosen: argparse.Namespace, task: ppo_task.Task, tmp_path: Path
+) -> None:
+    assert chosen.dtype in overhead.bare(chosen, tmp_path, "sft").program(tmp_path, 0)
+    assert flags(ppo_vs_bare_loop.bare_loop(task, 2).program(tmp_path, 0))["dtype"] == chosen.dtype
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_swift_is_told_the_dtype(chosen: argparse.Namespace, task: ppo_task.Task, tmp_path: Path, nf4: bool) -> None:
+    given = flags(ppo_vs_swift.swift(task, 2, tmp_path, "swift", rollout=8, nf4=nf4).program(tmp_path, 0))
+
+    assert given["torch_dtype"] == chosen.dtype
+    assert (given["bf16"], given["fp16"]) == (str(chosen.dtype == "bfloat16"), "False")
+    assert given.get("bnb_4bit_compute_dtype") == (chosen.dtype if nf4 else None)
+
+
+def test_trl_is_told_the_dtype(chosen: argparse.Namespace, task: ppo_task.Task, tmp_path: Path) -> None:
+    *_, file = ppo_vs_trl.trl(task, 2, tmp_path, "TRL", rollout=8).program(tmp_path, 0)
+
+    given = json.loads(Path(file).read_text())
+    assert (given["dtype"], given["training"]["bf16"]) == (chosen.dtype, chosen.dtype == "bfloat16")
+
+
+def test_llamafactory_is_told_the_dtype_and_its_autocast_too(
+    chosen: argparse.Namespace, task: ppo_task.Task, tmp_path: Path
+) -> None:
+    contestant = ppo_vs_llamafactory.llamafactory(task, 2, tmp_path, "LLaMA-Factory", checkpointing=False)
+    *launcher, file = contestant.program(tmp_path, 0)
+
+    assert json.loads(Path(file).read_text())["bf16"] is (chosen.dtype == "bfloat16")
+    assert (launcher == ["-m", "llamafactory.launcher"]) is (chosen.dtype == "bfloat16")
+    assert chosen.dtype == "bfloat16" or Path(*launcher).is_file()
+
+
+def test_tasks_and_runs_of_two_dtypes_lie_apart(
+    chosen: argparse.Namespace, task: ppo_task.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+    monkeypatch.setattr(ppo_turns, "run", lambda contestant, folder, *_, **__: folders.append(folder))
+    monkeypatch.setattr(ppo_turns, "result", lambda *_: Failure(""))
+    monkeypatch.setattr(ppo_task, "Judge", lambda task: argparse.Namespace(reward=lambda adapter: 0.0))
+    same = Contestant("ours", Path(sys.executable), [], lambda folder, seed: [])
+    ppo_turns.compete([same], task, chosen, "campaign")
+    assert folders == [chosen.cache / "runs" / "campaign" / chosen.dtype / "ours" / "0"]
+
+    ready = chosen.cache / f"task-model-{chosen.dtype}" / "ready"
+    ready.parent.mkdir()
+    ready.touch()
+    assert ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype) == ppo_task.Task(ready.parent, chosen.dtype)
+
+
+def test_a_report_names_its_dtype(chosen: argparse.Namespace) -> None:
+    short, other = ("bf16", "float32") if chosen.dtype == "bfloat16" else ("float32", "bf16")
+    cost = turns.Probed([1.0, 2.0, 3.0], 1, 1, {}, 1)
+    text = "\n".join(
+        [
+            *turns.header("Title", "stages", chosen, cost),
+            *stages.table([stages.Row("sft", "", cost)], chosen.dtype),
+            *padding.table({"padded": [stages.Row("ppo", "", cost)]}, chosen.dtype),
+            *(stages.NOTES + overhead.NOTES + padding.NOTES),
+        ]
+    )
+
+    assert text.startswith(f"# Title, in {short}\n") and f"--dtype {chosen.dtype}`, Model in {short}," in text
+    assert f"| stage | in {short} |" in text and f"| micro-batches, {short} |" in text
+    assert other not in text
 
 
 def test_probe_notes_iterations_and_memory_of_a_program(tmp_path: Path) -> None:
