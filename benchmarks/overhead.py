@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import stages
 from benchmarks.stages import Row
-from benchmarks.turns import DTYPES, Contestant, header, options, probe, spread, write
+from benchmarks.turns import DTYPES, Contestant, base_in, header, options, probe, spread, write
 
 STAGES = ("sft", "rm", "dpo")
 
@@ -24,6 +24,7 @@ def main() -> None:
     """Run both in turns and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options("overhead", __doc__, task=False)
+    chosen.model = base_in(chosen)
     data, runs = chosen.cache / "stages", chosen.cache / "runs" / "overhead" / chosen.dtype
     stages.write_rows(data, chosen.model)
     lines = [f"| stage | in {DTYPES[chosen.dtype]} | s / step | x TRL | peak anonymous, MB | x TRL |", "|---" * 6 + "|"]
@@ -40,10 +41,8 @@ def main() -> None:
             for name, rival in rivals.items():
                 rows[name].append(Row(stage, name, probe(rival, runs / str(turn))))
         lines += table(stage, rows)
-    write(
-        "overhead",
-        [*header("Ours beside a bare TRL script", "overhead", chosen, rows["ours"][0].cost), *lines, "", *NOTES],
-    )
+    head = header("Ours beside a bare TRL script", "overhead", chosen, rows["ours"][0].cost)
+    write("overhead", [*head, *lines, "", *NOTES], chosen.dtype)
 
 
 def ours(chosen: Namespace, data: Path, stage: str, *overrides: str) -> Contestant:
@@ -82,7 +81,6 @@ def table(stage: str, rows: dict[str, list[Row]]) -> list[str]:
 
 NOTES = [
     "- The rows, lengths and micro-batches of benchmarks/results/stages.md, without checkpointing; LoRA r=16.",
-    stages.MAPPED,
     "- Mean over the turns (lowest to highest). In RM and DPO the default trunk leaves the lower layers alone.",
 ]
 

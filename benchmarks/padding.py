@@ -18,7 +18,7 @@ from statistics import fmean, median
 from benchmarks import stages
 from benchmarks.ppo_task import write_lines
 from benchmarks.stages import Row
-from benchmarks.turns import DTYPES, Contestant, header, options, probe, spread, write
+from benchmarks.turns import DTYPES, Contestant, base_in, header, options, probe, spread, write
 
 EPISODES, MICRO_BATCH, ITERATIONS, COMPLETION = 32, 4, 5, 32
 MEDIAN, SIGMA, LONGEST = 60, 0.8, 300  # of the log-normal lengths of prompts, in tokens
@@ -27,7 +27,6 @@ NOTES = [
     f"  checkpointing. Prompts are log-normal in length: median {MEDIAN} tokens, sigma {SIGMA}, at most {LONGEST};",
     f"  completions have up to {COMPLETION}.",
     "- *Padded* is what TRL does: every episode as wide as the longest prompt and completion of the batch.",
-    stages.MAPPED,
     "- Time of a whole iteration, generation included, which padding makes slower in both.",
 ]
 
@@ -39,6 +38,7 @@ def main() -> None:
         padded(sys.argv[2:])
         return
     chosen = options("padding", __doc__, task=False)
+    chosen.model = base_in(chosen)
     prompts, runs = chosen.cache / "padding.jsonl", chosen.cache / "runs" / "padding" / chosen.dtype
     write_prompts(prompts, chosen.model)
     rows: dict[str, list[Row]] = {"padded": [], "by length": []}
@@ -47,7 +47,7 @@ def main() -> None:
             run = probe(contestant(name, chosen, prompts), runs / str(turn))
             turns.append(Row("ppo", name, run))
     head = header("Micro-batches of like length", "padding", chosen, rows["padded"][0].cost)
-    write("padding", [*head, *table(rows, chosen.dtype), "", *NOTES])
+    write("padding", [*head, *table(rows, chosen.dtype), "", *NOTES], chosen.dtype)
 
 
 def contestant(name: str, chosen: Namespace, prompts: Path) -> Contestant:

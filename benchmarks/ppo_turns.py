@@ -209,4 +209,4 @@ def write_report(
     if chosen.only:
         logger.info("%s", "\n".join(text))
     else:
-        write(name, text)
+        write(name, text, chosen.dtype)

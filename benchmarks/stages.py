@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.ppo_task import write_lines
-from benchmarks.turns import DTYPES, Contestant, Probed, header, options, probe, write
+from benchmarks.turns import DTYPES, Contestant, Probed, base_in, header, options, probe, write
 
 PROMPT, COMPLETION = 64, 64  # tokens
 SEQUENCES = 16  # of an optimizer step; a pair is two
@@ -27,12 +27,10 @@ MICRO_BATCH = 4
 STEPS = 8
 STAGES = ("sft", "rm", "dpo", "ppo")
 IMPORTS = ("trl:SFTTrainer", "trl:RewardTrainer", "trl:DPOTrainer", "rlhf_recipes:PPOTrainer")
-MAPPED = "- Anonymous memory holds the base's weights only if their file has another dtype: else the file is mapped."
 NOTES = [
     "- LoRA r=16 on all linear layers; SFT trains all of them, the other stages the upper half.",
     f"- {PROMPT} + {COMPLETION} tokens, {SEQUENCES} sequences an optimizer step, micro-batches of {MICRO_BATCH}.",
     "- Memory is the peak of the process less what it has after importing its libraries.",
-    MAPPED,
     "- Tokens are those of the rows, each counted once. DPO scores them under the reference, too; PPO makes half of",
     "  them, scores all under its roles, and trains on them twice.",
     "- PPO's reward here is a function; a reward adapter is one more set of LoRA weights.",
@@ -57,6 +55,7 @@ def main() -> None:
     """Run every stage and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options("stages", __doc__, task=False)
+    chosen.model = base_in(chosen)
     data, runs = chosen.cache / "stages", chosen.cache / "runs" / "stages" / chosen.dtype
     write_rows(data, chosen.model)
     rows = [
@@ -65,7 +64,7 @@ def main() -> None:
         for stage in STAGES
     ]
     head = header("The stages side by side", "stages", chosen, rows[0].cost)
-    write("stages", [*head, *table(rows, chosen.dtype), "", *NOTES])
+    write("stages", [*head, *table(rows, chosen.dtype), "", *NOTES], chosen.dtype)
 
 
 def contestant(chosen: Namespace, data: Path, stage: str, checkpointing: bool, *more: str) -> Contestant:

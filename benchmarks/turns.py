@@ -118,6 +118,19 @@ def cpu_dtype() -> str:
     return "bfloat16" if multiplies_bf16() else "float32"
 
 
+def base_in(chosen: argparse.Namespace) -> str:
+    """The folder of the model's weights in the dtype that was chosen: one that has to be converted is not mapped."""
+    folder: Path = chosen.cache / "bases" / chosen.dtype / Path(chosen.model).name
+    if not (folder / "config.json").exists():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=chosen.dtype)
+        AutoTokenizer.from_pretrained(chosen.model).save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return str(folder)
+
+
 def environment(cache: Path, name: str, requirements: Sequence[str]) -> Path:
     """The python of a rival's virtual environment, which is made unless it is there."""
     folder = cache / "environments" / name
@@ -219,11 +232,11 @@ def header(title: str, name: str, chosen: argparse.Namespace, probed: Probed | N
     ]
 
 
-def write(name: str, lines: Sequence[str]) -> None:
-    """Print a report, and write it to benchmarks/results/<name>.md."""
+def write(name: str, lines: Sequence[str], dtype: str = "bfloat16") -> None:
+    """Print a report, and write it to benchmarks/results/<name>.md, or <name>_float32.md."""
     logger.info("%s", "\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join([*lines, ""]))
+    (RESULTS / f"{name}{'_float32' if dtype == 'float32' else ''}.md").write_text("\n".join([*lines, ""]))
 
 
 def processor() -> str:
