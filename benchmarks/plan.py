@@ -134,18 +134,22 @@ def rows(other: str | None) -> Iterator[Row]:
 
 def make(folder: Path) -> None:
     """Models with random weights, a tokenizer of words, and data of known lengths."""
+    for name in SHAPES:
+        make_model(folder, name)
+    for length in {row.length for row in rows("another")} | {256}:
+        write_data(folder, length, length // 4)
+
+
+def make_model(folder: Path, name: str) -> None:
+    """One of the models in bf16, in a folder of its name."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for name, shape in SHAPES.items():
-        ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-        config = AutoConfig.for_model(
-            "qwen3" if name == QWEN else "llama", tie_word_embeddings=name == QWEN, **shape, **ids
-        )
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
-        write_tokenizer(folder / name)
-    for length in {row.length for row in rows("another")} | {256}:
-        write_data(folder, length, length // 4)
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    kind = "qwen3" if name == QWEN else "llama"
+    config = AutoConfig.for_model(kind, tie_word_embeddings=name == QWEN, **SHAPES[name], **ids)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+    write_tokenizer(folder / name)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -67,36 +67,38 @@ class Probed:
         return cls(noted["seconds"], rss, anonymous, noted["versions"], noted["threads"])
 
 
-def options(name: str, description: str | None, *, task: bool = True) -> argparse.Namespace:
-    """The command line of a benchmark; `task` where it is the PPO task, whose length can be chosen."""
+def options(name: str, description: str | None, *, task: bool = True, model: bool = True) -> argparse.Namespace:
+    """The command line of a benchmark: `task` where it is the PPO task, whose length can be chosen; `model` where the
+    model can be, and there are turns."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model",
-        default="HuggingFaceTB/SmolLM2-135M-Instruct",
-        help="hub id or folder of a causal LM with a ChatML tokenizer (default: %(default)s)",
-    )
+    if model:
+        parser.add_argument(
+            "--model",
+            default="HuggingFaceTB/SmolLM2-135M-Instruct",
+            help="hub id or folder of a causal LM with a ChatML tokenizer (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--turns",
+            type=int,
+            default=3,
+            help="runs of each, with a seed each; rows of less weight run once (default: %(default)s)",
+        )
     if task:
         parser.add_argument("--iterations", type=int, default=20, help="of 32 episodes (default: %(default)s)")
-    parser.add_argument(
-        "--turns",
-        type=int,
-        default=3,
-        help="runs of each, with a seed each; rows of less weight run once (default: %(default)s)",
-    )
+        parser.add_argument(
+            "--only", default="", help="only the rows whose label this regular expression finds, for a trial"
+        )
+        parser.add_argument("--resume", action="store_true", help="keep the runs that are finished")
     parser.add_argument(
         "--cache",
         type=Path,
         default=REPOSITORY / ".bench",
         help="folder of the environments, the task and the runs (default: .bench in the repository)",
     )
-    parser.add_argument(
-        "--only", default="", help="only the rows whose label this regular expression finds, for a trial"
-    )
-    parser.add_argument("--resume", action="store_true", help="keep the runs that are finished")
     parser.add_argument(
         "--dtype",
         choices=DTYPES,
