@@ -1,13 +1,14 @@
 """Rollouts by continuous batching and by vLLM: completions of the policy, and no bit of a weight changed for them."""
 
 # ruff: noqa: F811 (fixtures of another module)
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_ppo import count_w3, history, make_trainer, moved, reward_adapter, weights  # noqa: F401
-from transformers.generation import ContinuousBatchingConfig
+from transformers.generation import ContinuousBatchingConfig, ContinuousBatchingManager
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import selective_log_softmax
 
@@ -137,6 +138,25 @@ def test_an_error_in_the_generating_thread_is_raised_and_not_swallowed(make_trai
     trainer.roles.layers[0].register_forward_pre_hook(fail)
     with pytest.raises(UserError, match="out of GPU memory with one sequence at a time"):
         trainer._generate_single_turn(PROMPTS[:2], None, {}, 1)
+
+
+def test_an_interrupt_does_not_wait_for_the_batch(make_trainer, monkeypatch):
+    trainer = make_trainer(max_completion_length=200, rollout_batch_size=1, **PAGED)
+    steps = []
+    trainer.roles.layers[0].register_forward_pre_hook(lambda *args: steps.append(args))
+
+    def interrupted(*args, **kwargs):
+        while not steps:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ContinuousBatchingManager, "get_result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._generate_single_turn(PROMPTS, None, {}, 1)
+    after = len(steps)
+    time.sleep(0.2)
+    assert len(steps) == after < 100  # of 2,000
+    assert trainer.model.training
 
 
 def test_a_run_by_continuous_batching_is_resumed_bit_for_bit_on_a_cpu(make_trainer, tiny_policy, tmp_path, prompts):

@@ -59,7 +59,7 @@ def continuous_batching(
             if output := manager.get_result(timeout=1):
                 done[output.request_id] = output
     finally:
-        manager.stop()
+        manager.stop(hard_stop=len(done) < len(prompt_ids))  # whoever is interrupted does not wait for the batch
         manager.destroy()
         model.train(was_training)
     failure = manager.background_thread_status.fatal_error
