@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf_recipes import terminal
-from rlhf_recipes.comparison import benchmarks, judges, policies, reward_bench
+from rlhf_recipes.comparison import harness, judges, policies, reward_bench
 from rlhf_recipes.config import recipe
 from rlhf_recipes.runs import disk, reading
 
@@ -24,7 +24,7 @@ def compare(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     compared, asked = policies.resolve(cfg), policies.prompts(cfg)
     judges.refuse_faults(cfg, compared)
     pairs = reward_bench.pairs(cfg) if compared.reward_model else []
-    tasks = benchmarks.tasks(cfg)
+    tasks = harness.tasks(cfg)
     endpoint = judges.open_endpoint(cfg, folder / "replies")
     from rlhf_recipes.comparison import findings
     from rlhf_recipes.comparison.answers import RunModels, collect

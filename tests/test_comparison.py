@@ -15,7 +15,7 @@ from scipy.stats import bootstrap
 from sklearn.linear_model import LogisticRegression
 
 from rlhf_recipes import world
-from rlhf_recipes.comparison import asking, benchmarks, findings, judges, policies, reward_bench, texts, wins
+from rlhf_recipes.comparison import asking, findings, harness, judges, policies, reward_bench, texts, wins
 from rlhf_recipes.comparison.answers import Answers
 from rlhf_recipes.config import compose
 from rlhf_recipes.errors import UserError
@@ -473,5 +473,5 @@ def test_pairs_in_the_form_of_reward_bench_are_read_and_a_bad_row_is_named(tmp_p
 
 def test_a_benchmark_that_lm_eval_does_not_have_is_told():
     with pytest.raises(UserError, match="no task qqq"):
-        benchmarks.tasks(compose("eval", ["eval.benchmarks=[qqq]"]))
-    assert benchmarks.tasks(compose("eval")) is None
+        harness.tasks(compose("eval", ["eval.benchmarks=[qqq]"]))
+    assert harness.tasks(compose("eval")) is None

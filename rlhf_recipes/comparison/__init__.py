@@ -7,5 +7,5 @@ asking.py        a model asked for its preference, with positions swapped, over 
 wins.py          win rates with their intervals, and with the length of answers taken out
 texts.py         repetition, diversity and refusals
 reward_bench.py  the reward model on pairs of several categories
-benchmarks.py    lm-eval
+harness.py       lm-eval
 """

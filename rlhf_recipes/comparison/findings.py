@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from rlhf_recipes import evaluation, figures, world
-from rlhf_recipes.comparison import benchmarks, reward_bench, texts, wins
+from rlhf_recipes.comparison import harness, reward_bench, texts, wins
 from rlhf_recipes.comparison.answers import KL_TO_SFT, Answers, RunModels
 from rlhf_recipes.comparison.judges import Judge, truth_is_known
 from rlhf_recipes.comparison.policies import CATEGORY, Compared, best_of_kl, best_of_name, text
@@ -136,7 +136,7 @@ def of_run(cfg: DictConfig, run: RunModels, pairs: list[dict[str, Any]], tasks: 
 
     Args:
         pairs: what `reward_bench.pairs` gives.
-        tasks: what `benchmarks.tasks` gives.
+        tasks: what `harness.tasks` gives.
     """
     found: dict[str, Any] = {}
     if (made := run.compared.reward_model) is not None:
@@ -144,7 +144,7 @@ def of_run(cfg: DictConfig, run: RunModels, pairs: list[dict[str, Any]], tasks: 
         if pairs:
             found["reward_model"]["categories"] = reward_bench.by_category(cfg, run, pairs)
     if tasks is not None:
-        found["benchmarks"] = benchmarks.measure(cfg, run, tasks)
+        found["benchmarks"] = harness.measure(cfg, run, tasks)
     return found
 
 
