@@ -147,7 +147,7 @@ class Guard(Reward):
     root_kl_step: float = field(
         default=0.0,
         metadata={
-            "help": "PPO: look where the root of the KL has moved by this since the last look, else at every fourth "
+            "help": "PPO: look where the root of the KL has moved by this since the last look, else at every second "
             "evaluation. 0: at each."
         },
     )

@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 FILE = "guard.json"
 REWARDS = ("eval_reward", "eval_rewards/margins")
 """What PPO and DPO say in an evaluation of what they optimize."""
-STILL = 4
-"""Evaluations after which a policy is looked at, however little its KL has moved."""
+STILL = 2
+"""Evaluations after which a policy is looked at, however little its KL has moved: it may turn at one KL."""
 
 
 def watch(
