@@ -93,6 +93,14 @@ def test_where_the_training_reward_falls_too_it_is_no_over_optimization():
     assert evaluations([1, 0.0], rewards=[None, None])[0][1] is not None  # no such figure: the score alone decides
 
 
+def test_where_the_reward_does_not_pay_for_its_kl_it_is_no_over_optimization():
+    halves = [(np.full(9, score) + 0.1 * np.arange(9),) * 2 for score in (1.0, 0.0)]
+    for objective, fires in ((0.8, False), (0.9, True), (None, True)):
+        history = History(2)
+        history.add(Point(0, 1.0, 1.0, 1.0, 0.9), halves[0])
+        assert (history.add(Point(1, 2.0, 1.1, 0.0, objective), halves[1]) is not None) is fires
+
+
 def test_a_prompt_without_a_score_is_left_out_of_the_pairs():
     history = History(2)
     history.add(Point(0, 0, 0, 1.0), ([1.0, None, 1.0, 1.1, 1.2], [1.0, 1.0, 1.0, 1.1, 1.2]))
@@ -368,4 +376,5 @@ def test_every_evaluation_is_written_down(train, tmp_path):
     written = json.loads((tmp_path / "guard.json").read_text())
     assert written["scorer"] == "few w3"
     assert [point["step"] for point in written["points"]] == [0, 2, 4]
-    assert all(point.keys() == {"step", "kl", "reward", "score"} for point in written["points"])
+    assert all(point.keys() == {"step", "kl", "reward", "score", "objective"} for point in written["points"])
+    assert all(point["objective"] == point["reward"] for point in written["points"])  # beta is 0 here

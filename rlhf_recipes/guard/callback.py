@@ -167,7 +167,8 @@ class Guard(TrainerCallback, ExportableState):
         if kl is None:
             first = made[:: options.samples]  # one of each prompt tells it well enough
             kl = fmean(evaluation.kl(self.roles, self.tokenizer, first, size, policy=POLICY, reference=REFERENCE))
-        return Point(step, kl, reward, score), halves
+        objective = metrics.get("eval_objective")
+        return Point(step, kl, reward, score, objective if objective != -math.inf else None), halves
 
     def _told(self, scorer: Scorer, turn: Turn, args: TrainingArguments) -> str:
         """A turn in words, with what to type."""

@@ -20,8 +20,9 @@ class Point:
 
     step: int
     kl: float  # nats per completion, to the reference
-    reward: float | None  # what the training optimizes, on held-out data
+    reward: float | None  # the training reward, on held-out data
     score: float  # the unseen scorer's
+    objective: float | None = None  # that reward less the KL penalty, where there is one
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Turn:
-    """The unseen score has turned down, and the training reward has not."""
+    """The unseen score has turned down, and what training optimizes has not."""
 
     best: Point
     now: Point
@@ -65,6 +66,9 @@ class History:
         as it was. It is taken prompt by prompt, and has to be surely more than two things, by one-sided 95% bounds:
         than 0, by a bound that all planned evaluations share (Bonferroni: of 20 trainings that lose nothing, about one
         is told of at most), and than what is tolerated, by a bound of its own.
+
+        Where the reward fell too, or does not pay for the KL that it took, training has wavered, and will itself turn
+        back: that is no over-optimization.
         """
         self.points.append(point)
         if self.best is None or point.score > self.best.score:
@@ -77,7 +81,7 @@ class History:
         for i, (mean, measured) in enumerate(zip(chosen, reversed(halves), strict=True)):
             if mean > self.references[i].chosen_by:
                 self.references[i] = Reference(mean, list(measured))
-        if len(falls) < 2 or _lower(point.reward, self.best.reward):
+        if len(falls) < 2 or _lower(point.reward, self.best.reward) or _lower(point.objective, self.best.objective):
             return None
         fall, error = fmean(falls), stdev(falls) / len(falls) ** 0.5
         surely = fall - critical(2, len(falls)) * error
