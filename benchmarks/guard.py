@@ -60,13 +60,14 @@ def report(runs: Path) -> str:
             *made_with("guard", manifest),
             "",
             f"192 held-out prompts, {guard['samples']} samples of each, every "
-            f"{manifest['config']['training']['eval_steps']:g} steps of at most 168. `no_kl` is "
+            f"{manifest['config']['training']['eval_steps']:g} steps of at most 168 where the root of the KL has moved "
+            f"by {guard['root_kl_step']}, else at every second such evaluation. `no_kl` is "
             f"`{' '.join(CASES['no_kl'] + GUARD)}`, `default` the default configuration with `{' '.join(GUARD)}`. The "
-            "fall is that of the gold score under its best, at the last evaluation.",
+            "fall is that of the gold score under its best, at the last look; the largest fall is that of any look.",
             "",
-            "| case | seed | fired at step | best gold (step) | last gold | fall | reward, best to last | KL, best to "
-            "last | kept (step) |",
-            "|---" * 9 + "|",
+            "| case | seed | fired at step | looks | best gold (step) | last gold | fall | largest fall (step) | "
+            "reward, best to last | KL, best to last | kept (step) |",
+            "|---" * 11 + "|",
             *(row(case, seed, stage) for (case, seed), stage in stages.items()),
             "",
         ]
@@ -78,14 +79,18 @@ def row(case: str, seed: int, stage: Path) -> str:
     points: list[dict[str, Any]] = json.loads((stage / "guard.json").read_text())["points"]
     metrics = json.loads((stage / "metrics.json").read_text())
     best, last = max(points, key=lambda point: point["score"]), points[-1]
+    falls = {p["step"]: max(q["score"] for q in points[: i + 1]) - p["score"] for i, p in enumerate(points)}
+    deepest = max(falls, key=lambda step: falls[step])
     kept = next(point for point in points if point["step"] and point["score"] == metrics["guard"])
     cells = [
         case,
         str(seed),
         str(last["step"]) if metrics["stopped"] else "never",
+        str(len(points)),
         f"{best['score']:.3f} ({best['step']})",
         f"{last['score']:.3f} ({last['step']})",
         f"{best['score'] - last['score']:.3f}",
+        f"{falls[deepest]:.3f} ({deepest})",
         f"{best['reward']:.2f} to {last['reward']:.2f}",
         f"{best['kl']:.2f} to {last['kl']:.2f}",
         f"{kept['score']:.3f} ({kept['step']})",
