@@ -40,7 +40,7 @@ report: .venv/.ready  ## say what a run holds: runs/<run>/report.html, one page 
 	@$(RUN) recipes.report $(ARGS)
 
 test: .venv/.dev  ## run the tests, on up to four cores (TEST_ARGS="-k runs" picks some)
-	@$(RUN) pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder $(TEST_ARGS)
+	@$(RUN) pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 lint: .venv/.dev  ## check style and types
 	@$(RUN) ruff check . && $(RUN) ruff format --check . && $(RUN) mypy

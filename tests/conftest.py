@@ -9,15 +9,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """On several cores (`-n auto --dist loadgroup`) a file's tests stay together, with what they share: each base's."""
-    for item in items:
-        base = item.callspec.params.get("chain", "") if hasattr(item, "callspec") else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {base}"))
-
-
 WORDS = ["<pad>", "<eos>", "<unk>"] + [f"w{i}" for i in range(40)]
 
 

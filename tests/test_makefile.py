@@ -137,7 +137,7 @@ def test_a_set_up_that_was_broken_off_is_made_again_and_a_whole_one_is_kept(make
 def test_only_the_tests_set_up_what_they_need_beside(make):
     (make.folder / ".venv" / ".dev").unlink()
     pip = "<-m><pip><install><--quiet><--disable-pip-version-check><-c><constraints.txt><-e><.[dev]>"
-    tests = "<-m><pytest><-n><auto><--maxprocesses><4><--dist><loadgroup><--no-loadscope-reorder>"
+    tests = "<-m><pytest><-n><auto><--maxprocesses><4><--dist><loadfile><--no-loadscope-reorder>"
     assert "<pip>" not in make("sft", "eval", "report").stdout
     assert make("test").stdout.splitlines()[1:] == [pip, tests]
     assert make("test").stdout.splitlines() == [tests]

@@ -16,7 +16,13 @@ from rlhf_recipes.guard import curves
 ROOT = Path(__file__).parents[1]
 STEPS = ["training.max_steps=4", "training.eval_steps=2", "training.save_steps=2"]
 FEW = ["evaluation.prompts=4", "evaluation.samples=1"]
-ONLY_FEW = ["guard.prompts=4", "guard.samples=2", "training.value_warmup_max_iterations=0", "reward.min_accuracy=0"]
+ONLY_FEW = [
+    "guard.prompts=4",
+    "guard.samples=2",
+    "guard.root_kl_step=0",
+    "training.value_warmup_max_iterations=0",
+    "reward.min_accuracy=0",
+]
 
 
 pytestmark = pytest.mark.usefixtures("terminal_left_alone")
