@@ -39,6 +39,7 @@ plan: .venv/.ready  ## predict the peak memory of each stage, and what fits on a
 report: .venv/.ready  ## say what a run holds: runs/<run>/report.html, one page that stands alone
 	@$(RUN) recipes.report $(ARGS)
 
+# By file: a file's tests share what is slow to make.
 test: .venv/.dev  ## run the tests, on up to four cores (TEST_ARGS="-k runs" picks some)
 	@$(RUN) pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 

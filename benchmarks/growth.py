@@ -1,4 +1,4 @@
-"""How PPO's cost grows with the length of texts and with the micro-batch: writes benchmarks/results/growth.md and .svg.
+"""How PPO's cost grows with the length of texts and the micro-batch: a table and a picture in benchmarks/results.
 
     python -m benchmarks.growth
 
@@ -20,8 +20,7 @@ from benchmarks.plan import QWEN, SHAPES, Row, make_model, write_data
 from benchmarks.turns import RESULTS, Contestant, Probed, base_in, header, options, probe, write
 
 LENGTHS = (128, 256, 512, 1024, 2048)  # tokens of prompt and answer
-ROWS = (1, 2, 4, 8)  # sequences of a micro-batch, at the length below
-LENGTH = 256
+LENGTH, ROWS = 256, (2, 4, 8)  # sequences of a micro-batch, more than one, at that length
 STEPS = 4  # each an iteration: two micro-batches are sampled, scored, and trained on once
 VOCABULARY = SHAPES[QWEN]["vocab_size"]
 IMPORTS = ("trl:GRPOTrainer", "rlhf_recipes:PPOTrainer")
@@ -56,14 +55,15 @@ def main() -> None:
     make_model(folder, QWEN)
     chosen.model = str(folder / QWEN)
     chosen.model = base_in(chosen)
-    for length in {*LENGTHS, LENGTH}:
+    for length in LENGTHS:
         write_data(folder, length, length // 4)
     runs = chosen.cache / "runs" / "growth" / chosen.dtype
     by_length = [cost(chosen, folder, runs, 1, length) for length in LENGTHS]
-    by_rows = [cost(chosen, folder, runs, rows, LENGTH) for rows in ROWS]
+    by_rows = [by_length[LENGTHS.index(LENGTH)], *(cost(chosen, folder, runs, rows, LENGTH) for rows in ROWS)]
     head = header("How cost grows", "growth", chosen, by_length[0].probed)
-    write("growth", [*head, *report(by_length, by_rows)])
-    draw(by_length, by_rows, RESULTS / "growth.svg")
+    picture = f"growth_{chosen.dtype}.svg"
+    write("growth", [*head, *report(by_length, by_rows, picture)], chosen.dtype)
+    draw(by_length, by_rows, RESULTS / picture)
 
 
 def cost(chosen: Namespace, folder: Path, runs: Path, rows: int, length: int) -> Cost:
@@ -77,7 +77,7 @@ def cost(chosen: Namespace, folder: Path, runs: Path, rows: int, length: int) ->
     return Cost(rows, length, probe(contestant, runs))
 
 
-def report(by_length: Sequence[Cost], by_rows: Sequence[Cost]) -> list[str]:
+def report(by_length: Sequence[Cost], by_rows: Sequence[Cost], picture: str) -> list[str]:
     """The table, and what it says."""
     lines = [
         "| micro-batch x tokens | peak anonymous, MB | more than above, MB | float32 logits of all tokens, MB | "
@@ -94,7 +94,7 @@ def report(by_length: Sequence[Cost], by_rows: Sequence[Cost]) -> list[str]:
     return [
         *lines,
         "",
-        "![peak memory and time per token](growth.svg)",
+        f"![peak memory and time per token]({picture})",
         "",
         f"- From {first.length} to {last.length} tokens the peak grows by {slope:.2f} MB a token. The logits of one "
         f"token in float32 take {VOCABULARY * 4 / MB:.2f} MB; loss and scores need several such tensors at once where "

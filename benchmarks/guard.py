@@ -9,6 +9,7 @@ default KL penalty it must never fire. Finished stages are not made again.
 import json
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,8 @@ def row(case: str, seed: int, stage: Path) -> str:
     points: list[dict[str, Any]] = json.loads((stage / "guard.json").read_text())["points"]
     metrics = json.loads((stage / "metrics.json").read_text())
     best, last = max(points, key=lambda point: point["score"]), points[-1]
-    falls = {p["step"]: max(q["score"] for q in points[: i + 1]) - p["score"] for i, p in enumerate(points)}
-    deepest = max(falls, key=lambda step: falls[step])
+    tops = accumulate((point["score"] for point in points), max)
+    deepest, at = max((top - point["score"], point["step"]) for top, point in zip(tops, points, strict=True))
     kept = next(point for point in points if point["step"] and point["score"] == metrics["guard"])
     cells = [
         case,
@@ -90,7 +91,7 @@ def row(case: str, seed: int, stage: Path) -> str:
         f"{best['score']:.3f} ({best['step']})",
         f"{last['score']:.3f} ({last['step']})",
         f"{best['score'] - last['score']:.3f}",
-        f"{falls[deepest]:.3f} ({deepest})",
+        f"{deepest:.3f} ({at})",
         f"{best['reward']:.2f} to {last['reward']:.2f}",
         f"{best['kl']:.2f} to {last['kl']:.2f}",
         f"{kept['score']:.3f} ({kept['step']})",

@@ -123,13 +123,12 @@ def cpu_dtype() -> str:
 def base_in(chosen: argparse.Namespace) -> str:
     """The folder of the model's weights in the dtype that was chosen: one that has to be converted is not mapped."""
     folder: Path = chosen.cache / "bases" / chosen.dtype / Path(chosen.model).name
-    if not (folder / "config.json").exists():
+    if not (folder / "ready").exists():  # written last: weights that were broken off are made again
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=chosen.dtype)
+        AutoModelForCausalLM.from_pretrained(chosen.model, dtype=chosen.dtype).save_pretrained(folder)
         AutoTokenizer.from_pretrained(chosen.model).save_pretrained(folder)
-        model.generation_config.save_pretrained(folder)
-        model.save_pretrained(folder)
+        (folder / "ready").touch()
     return str(folder)
 
 

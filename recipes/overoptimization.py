@@ -9,13 +9,12 @@ are missing; each `beta` is a job of a sweep, runs/<run>/ppo/training.beta=<beta
 if it was broken off. With guard=reward_model in PPO_ARGS, and data of your own, that scorer stands for gold.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 from rlhf_recipes import terminal
-from rlhf_recipes.config import compose, plain_errors
+from rlhf_recipes.config import by_stage, compose, plain_errors
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.guard import curves
 
@@ -45,19 +44,12 @@ def parse(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
     Raises:
         UserError: fewer than two betas, or one that is no number of 0 or more.
     """
-    parser = argparse.ArgumentParser(
-        "overoptimization", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("common", nargs="*", metavar="key=value", help="beta=<list>, and overrides of every stage")
-    for stage in STAGES:
-        parser.add_argument(f"--{stage}", nargs="*", default=[], metavar="key=value", help=f"those of {stage} alone")
-    found = vars(parser.parse_args(arguments))
-    text = next((o.partition("=")[2] for o in found["common"] if o.startswith("beta=")), BETAS)
+    given, common, own = by_stage("overoptimization", __doc__ or "", arguments, keys=["beta"], stages=STAGES)
+    text = given.get("beta", BETAS)
     betas = text.strip("[]").replace(" ", "").split(",")
     if len({*betas}) < 2 or not all(beta.replace(".", "", 1).isdigit() for beta in betas):
         raise UserError(f"beta={text}: want two numbers of 0 or more, or more of them, such as beta={BETAS}")
-    common = [o for o in found["common"] if not o.startswith("beta=")]
-    overrides = {stage: [*common, *found[stage]] for stage in STAGES}
+    overrides = {stage: [*common, *own[stage]] for stage in STAGES}
     named = [o.partition("=")[0] for o in overrides["ppo"]]
     overrides["ppo"] += [] if "experiment" in named else ["experiment=ppo_overoptimization"]
     overrides["ppo"] += [] if "guard" in named else ["guard=gold"]

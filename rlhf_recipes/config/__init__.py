@@ -8,5 +8,6 @@ second.
 """
 
 from rlhf_recipes.config.command import CONF, build, compose, plain, plain_errors, recipe
+from rlhf_recipes.config.stages import by_stage
 
-__all__ = ["CONF", "build", "compose", "plain", "plain_errors", "recipe"]
+__all__ = ["CONF", "build", "by_stage", "compose", "plain", "plain_errors", "recipe"]

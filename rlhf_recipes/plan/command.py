@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlhf_recipes.config import by_stage
 from rlhf_recipes.config.options import TRAINING
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.runs.commands import make_variable
@@ -47,20 +47,14 @@ def parse(arguments: Sequence[str], story: str) -> Asked:
     Raises:
         UserError: card or prompt is no positive number.
     """
-    parser = argparse.ArgumentParser("plan", description=story, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("common", nargs="*", metavar="key=value", help="card, prompt, and overrides of every stage")
-    for stage in TRAINING:
-        parser.add_argument(f"--{stage}", nargs="*", default=[], metavar="key=value", help=f"those of {stage} alone")
-    found = vars(parser.parse_args(arguments))
-    common = found.pop("common")
-    given = dict(o.split("=", 1) for o in common if o.startswith(("card=", "prompt=")))
+    given, common, own = by_stage("plan", story, arguments, keys=("card", "prompt"), stages=[*TRAINING])
     try:
         card, prompt = float(given["card"]) if "card" in given else None, int(given.get("prompt", 512))
     except ValueError as error:
         raise UserError(f"card (GB) and prompt (tokens) are numbers: {error}") from error
     if prompt < 1 or (card is not None and card <= 0):
         raise UserError(f"card (GB) and prompt (tokens) are more than 0; here card={card} prompt={prompt}")
-    return Asked([o for o in common if o.split("=")[0] not in given], found, card, prompt)
+    return Asked(common, own, card, prompt)
 
 
 def row(plan: Plan, limit: int | None) -> dict[str, str]:
