@@ -26,13 +26,15 @@ from typing import Any, Self
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from trl.trainer.utils import pad, selective_log_softmax, selective_log_softmax_and_entropy
+from trl.trainer.utils import pad, selective_log_softmax_and_entropy
 
 from rlhf_recipes.ensembles import Ensemble
 from rlhf_recipes.errors import UserError
+from rlhf_recipes.logps import TokenLogps
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,9 @@ class Roles:
         self.full_precision(POLICY)
         if (lm_head := model.get_output_embeddings()) is not None:
             lm_head.register_forward_pre_hook(_contiguous_on_cpu)
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module._cast_input_dtype = _cast_outside_autocast
 
     # ---- adapters and heads
 
@@ -336,7 +341,7 @@ class Roles:
         """Log-probabilities and entropies (b, t) of the last `completion_length` tokens, under the active adapter.
 
         Only their logits are computed: memory does not grow with prompt length times vocabulary. Without gradients the
-        entropies are None: who scores has no use for them.
+        entropies are None.
 
         Args:
             model: this model as a trainer wrapped it, so that gradients are reduced over processes.
@@ -344,13 +349,16 @@ class Roles:
         logits = (model or self.model)(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            logits_to_keep=completion_length + 1,
+            # the states that say the next token; as indices, since the one too many that a number keeps costs logits
+            logits_to_keep=torch.arange(-completion_length - 1, -1, device=input_ids.device),
             use_cache=False,
-        ).logits[:, :-1]
+        ).logits
+        if temperature != 1:
+            logits = logits / temperature
         tokens = input_ids[:, -completion_length:]
-        if not torch.is_grad_enabled():
-            return selective_log_softmax(logits, tokens, temperature), None
-        return selective_log_softmax_and_entropy(logits, tokens, entropy_grad, temperature=temperature)
+        if entropy_grad:
+            return selective_log_softmax_and_entropy(logits, tokens)
+        return TokenLogps.apply(logits, tokens)
 
 
 def member(role: str, index: int) -> str:
@@ -407,6 +415,12 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
 def _contiguous_on_cpu(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A forward pre-hook: on a CPU, a bf16 linear layer on a slice copies its weight once for every row of it."""
     return tuple(x.contiguous() if x.device.type == "cpu" else x for x in args)
+
+
+def _cast_outside_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a LoRA layer does to its input. PEFT copies it to the adapter's float32 first, once for each of the layers
+    that read it; autocast copies that back, and keeps each copy for the backward pass."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
 def last_real_token(input_ids: Tensor, pad_token_id: int) -> Tensor:

@@ -78,6 +78,37 @@ def test_all_adapters_are_float32_whatever_the_base_is(tiny_policy):
     assert all(torch.equal(p, roles.parameters(REFERENCE)[n]) for n, p in roles.parameters(POLICY).items())
 
 
+def test_lora_layers_take_bf16_as_it_is_and_compute_what_they_do_on_pefts_float32_copies(tiny_policy):
+    """PEFT's copies are made again for each layer that reads an input, and kept for the backward pass."""
+    results, kept = [], []
+    for peft_alone in (True, False):
+        torch.manual_seed(0)
+        model = tiny_policy().to(torch.bfloat16)
+        roles = Roles(model, trunk=0)
+        roles.train(POLICY)
+        if peft_alone:
+            for module in model.modules():
+                module.__dict__.pop("_cast_input_dtype", None)
+        storages = {}
+
+        def keep(x, storages=storages):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            hidden = roles.hidden_states(IDS, ATTENTION)
+        hidden.float().square().mean().backward()
+        results.append([hidden, *(p.grad for p in roles.trained[POLICY])])
+        kept.append(sum(storages.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < kept[0]
+
+
+def test_without_autocast_a_lora_layer_reads_its_input_in_float32(tiny_policy):
+    roles = Roles(tiny_policy().to(torch.bfloat16), trunk=0)
+    assert roles.hidden_states(IDS, ATTENTION).isfinite().all()
+
+
 def test_the_lower_tensors_of_all_adapters_are_one_storage(roles):
     for layer in roles.layers[:2]:
         storages = [

@@ -95,7 +95,6 @@ FUNCTIONS = {
     peft.utils.save_and_load.get_peft_model_state_dict: "model state_dict adapter_name",
     trl.trainer.utils.pad: "tensors padding_value padding_side pad_to_multiple_of",
     trl.trainer.utils.selective_log_softmax_and_entropy: "logits index entropy_requires_grad temperature",
-    trl.trainer.utils.selective_log_softmax: "logits index temperature",
     trl.trainer.utils.disable_dropout_in_model: "model",
     trl.trainer.utils.shuffle_sequence_dict: "seq_dict",  # what they do with lists: tests/test_rollout.py
     trl.trainer.utils.split_tensor_dict: "tensor_dict num_chunks",
@@ -111,6 +110,7 @@ FUNCTIONS = {
     ContinuousBatchingManager.destroy: "self",
     VLLMGeneration._iter_named_params: "self",  # merged weights, in place of TRL's
     BaseTunerLayer.get_base_layer: "self",
+    BaseTunerLayer._cast_input_dtype: "self x dtype",  # shadowed in every LoRA layer
     PreTrainedModel.disable_input_require_grads: "self",
 }
 
