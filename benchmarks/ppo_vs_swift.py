@@ -47,11 +47,9 @@ def main() -> None:
     contestants = [
         ours(task, n, reference),
         swift(task, n, python, f"ms-swift, {short}, rollouts of 32", rollout=32),
-        ours(task, n, f"ours, {short}, trunk 0", "trunk=0", once=True),
         swift(task, n, python, f"ms-swift, {short}, rollouts of 8", rollout=8, once=True),
         ours(task, n, f"ours, nf4 in {short}", "quantization=nf4"),
         swift(task, n, python, f"ms-swift, nf4 in {short}, rollouts of 32", rollout=32, nf4=True),
-        ours(task, n, f"ours, nf4 in {short}, trunk 0", "quantization=nf4", "trunk=0", once=True),
         swift(task, n, python, f"ms-swift, nf4 in {short}, rollouts of 8", rollout=8, nf4=True, once=True),
     ]
     write_report(NAME, "PPO against ms-swift 4.6.0", compete(contestants, task, chosen, NAME), reference, chosen, NOTES)

@@ -36,7 +36,6 @@ def main() -> None:
     contestants = [
         ours(task, n, reference),
         trl(task, n, python, f"TRL, {short}, rollouts of 32", rollout=32),
-        ours(task, n, f"ours, {short}, trunk 0", "trunk=0", once=True),
         trl(task, n, python, f"TRL, {short}, rollouts of 8", rollout=8, once=True),
         ours(task, n, f"ours, nf4 in {short}", "quantization=nf4"),
         trl(task, n, python, f"TRL, {short}, full value model, rollouts of 32", rollout=32, full_value=True, once=True),
