@@ -104,19 +104,20 @@ def compete(
         for contestant in contestants
         if seed == 0 or not contestant.once
     ]
-    snapshots = sorted({round(chosen.iterations * quarter / 4) for quarter in (1, 2, 3, 4)} - {0})
+    parts = range(1, chosen.snapshots + 1)
+    snapshots = sorted({round(chosen.iterations * part / chosen.snapshots) for part in parts} - {0})
     for contestant, seed, folder in runs:
         run(contestant, folder, seed, snapshots=snapshots, resume=chosen.resume)
-    judge = ppo_task.Judge(task)
-    start = judge.reward(None)
+    judge = ppo_task.Judge(task) if snapshots else None
+    start = {0: judge.reward(None)} if judge else {}
     results: dict[str, list[Run | Failure]] = {}
     for contestant, _, folder in runs:
         results.setdefault(contestant.label, []).append(result(folder, judge, start, chosen.iterations))
     return results
 
 
-def result(folder: Path, judge: ppo_task.Judge, start: float, iterations: int) -> Run | Failure:
-    """What a turn came to, from what it left in its folder."""
+def result(folder: Path, judge: ppo_task.Judge | None, start: dict[int, float], iterations: int) -> Run | Failure:
+    """What a turn came to, from what it left in its folder; no rewards without a judge."""
     code = int((folder / "exit.txt").read_text())
     if code:
         return Failure(error_line((folder / "log.txt").read_text()) or f"exit code {code}")
@@ -124,17 +125,16 @@ def result(folder: Path, judge: ppo_task.Judge, start: float, iterations: int) -
     if len(probed.seconds) != iterations:
         return Failure(f"{len(probed.seconds)} iterations were counted instead of {iterations}")
     snapshots = {int(file.stem.removeprefix("policy-")): file for file in folder.glob("policy-*.safetensors")}
-    rewards = {iteration: judge.reward(file) for iteration, file in sorted(snapshots.items())}
-    return Run(**vars(probed), rewards={0: start} | rewards)
+    rewards = {iteration: judge.reward(file) for iteration, file in sorted(snapshots.items())} if judge else {}
+    return Run(**vars(probed), rewards=start | rewards)
 
 
 def table(results: dict[str, list[Run | Failure]], reference: str, iterations: int) -> list[str]:
     """One row for each contestant; `reference` is the label whose time the last column takes, and ratios refer to."""
-    lines = [
-        "| | s / episode | x ours | peak RSS, MB | x ours | peak anonymous, MB | "
-        f"reward after {iterations * EPISODES} episodes | reward after our time |",
-        "|---" * 8 + "|",
-    ]
+    columns = ["", "s / episode", "x ours", "peak RSS, MB", "x ours", "peak anonymous, MB"]
+    judged = any(isinstance(turn, Run) and turn.rewards for turns in results.values() for turn in turns)
+    columns += [f"reward after {iterations * EPISODES} episodes", "reward after our time"] if judged else []
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     own = [turn for turn in results.get(reference, []) if isinstance(turn, Run)]
     time = fmean(turn.seconds_per_episode for turn in own) if own else float("nan")
     rss = fmean(turn.rss for turn in own) if own else float("nan")
@@ -153,12 +153,15 @@ def table(results: dict[str, list[Run | Failure]], reference: str, iterations: i
                 spread([float(turn.rss) for turn in runs], 0),
                 f"{fmean(turn.rss for turn in runs) / rss:.2f}",
                 spread([float(turn.anonymous) for turn in runs], 0),
-                spread([turn.rewards.get(iterations) for turn in runs], 2),
-                spread(equal_time, 2),
+                *(
+                    [spread([turn.rewards.get(iterations) for turn in runs], 2), spread(equal_time, 2)]
+                    if judged
+                    else ()
+                ),
             ]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         for message in sorted(failures):
-            lines.append(f"| {label} | failed: {message.replace('|', '/')} |" + " |" * 6)
+            lines.append(f"| {label} | failed: {message.replace('|', '/')} |" + " |" * (len(columns) - 2))
     return lines
 
 
@@ -173,7 +176,6 @@ def write_report(
     """Print the report, and write it to benchmarks/results/<name>.md unless rows were left out."""
     runs = {label: next((t for t in turns if isinstance(t, Run)), None) for label, turns in results.items()}
     first = next((run for run in runs.values() if run), None)
-    start = f"{first.rewards[0]:.2f}" if first else "-"
     text = [
         *header(title, name, chosen, first),
         *table(results, reference, chosen.iterations),
@@ -191,10 +193,7 @@ def write_report(
         "when an iteration is cheap and the policy rests. In the rewards they count.",
         "- **Memory**: the peak of the process less what it has after importing its libraries. Resident memory counts "
         "the pages of the mapped weight files, anonymous memory does not.",
-        f"- **Reward**: of {ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} samples each, temperature 1, "
-        "by the common reward model, whose scores on the base's answers have spread 1; the base has "
-        f"{start}. *Our time* is that of the row `{reference}` for all its episodes; between snapshots the reward is "
-        "read off a line.",
+        *([_rewards(first.rewards[0], reference)] if first and first.rewards else ()),
         notes.strip(),
         "",
         "Versions:",
@@ -210,3 +209,12 @@ def write_report(
         logger.info("%s", "\n".join(text))
     else:
         write(name, text, chosen.dtype)
+
+
+def _rewards(start: float, reference: str) -> str:
+    return (
+        f"- **Reward**: of {ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} samples each, temperature 1, "
+        "by the common reward model, whose scores on the base's answers have spread 1; the base has "
+        f"{start:.2f}. *Our time* is that of the row `{reference}` for all its episodes; between snapshots the reward "
+        "is read off a line."
+    )

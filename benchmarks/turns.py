@@ -90,6 +90,13 @@ def options(name: str, description: str | None, *, task: bool = True, model: boo
     if task:
         parser.add_argument("--iterations", type=int, default=20, help="of 32 episodes (default: %(default)s)")
         parser.add_argument(
+            "--snapshots",
+            type=int,
+            default=4,
+            help="how often in a run its policy is kept, for the reward that it gets; 0: time and memory alone "
+            "(default: %(default)s)",
+        )
+        parser.add_argument(
             "--only", default="", help="only the rows whose label this regular expression finds, for a trial"
         )
         parser.add_argument("--resume", action="store_true", help="keep the runs that are finished")
@@ -218,7 +225,7 @@ def made_with(name: str, manifest: Mapping[str, Any]) -> list[str]:
 
 def header(title: str, name: str, chosen: argparse.Namespace, probed: Probed | None) -> list[str]:
     """The first lines of a report: what was run, when, in which dtype, and on what."""
-    given = {key: getattr(chosen, key) for key in ("iterations", "turns", "dtype") if key in chosen}
+    given = {key: getattr(chosen, key) for key in ("iterations", "snapshots", "turns", "dtype") if key in chosen}
     command = " ".join([f"python -m benchmarks.{name}", *(f"--{key} {value}" for key, value in given.items())])
     threads = probed.threads if probed else "?"
     device = f"{processor()}, {threads} threads, {platform.system()} {platform.machine()}"

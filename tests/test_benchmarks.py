@@ -81,6 +81,26 @@ def test_table_compares_with_ours_and_keeps_failures() -> None:
     assert len({len(row) for row in rows}) == 1
 
 
+def test_runs_without_snapshots_are_not_judged_and_the_table_has_no_rewards(
+    chosen: argparse.Namespace, task: ppo_task.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen.snapshots = 0
+    cost = {"seconds": [1.0, 33.0], "before": {"rss": 1, "anonymous": 1}, "peak": {"rss": 3, "anonymous": 2}}
+    monkeypatch.setattr(ppo_task, "Judge", None)
+
+    def leave(contestant: Contestant, folder: Path, seed: int, *, snapshots: list[int], resume: bool) -> None:
+        assert snapshots == []
+        folder.mkdir(parents=True)
+        (folder / "exit.txt").write_text("0")
+        (folder / "probe.json").write_text(json.dumps(cost | {"versions": {}, "threads": 1}))
+
+    monkeypatch.setattr(ppo_turns, "run", leave)
+    same = Contestant("ours", Path(sys.executable), [], lambda folder, seed: [])
+    head, _, row = table(ppo_turns.compete([same], task, chosen, "costs"), "ours", 2)
+
+    assert "reward" not in head and row == "| ours | 1.000 | 1.00 | 2 | 1.00 | 1 |"
+
+
 @pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_the_dtype_is_bf16_where_the_cpu_multiplies_it(fast: bool, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_recipes.models.multiplies_bf16", lambda: fast)
@@ -95,7 +115,14 @@ def test_the_dtype_is_bf16_where_the_cpu_multiplies_it(fast: bool, dtype: str, m
 def chosen(request: pytest.FixtureRequest, tmp_path: Path) -> argparse.Namespace:
     """A command line with either dtype."""
     return argparse.Namespace(
-        model="some/Model", iterations=2, turns=1, cache=tmp_path, only="", resume=False, dtype=request.param
+        model="some/Model",
+        iterations=2,
+        snapshots=4,
+        turns=1,
+        cache=tmp_path,
+        only="",
+        resume=False,
+        dtype=request.param,
     )
 
 
