@@ -50,7 +50,7 @@ class Cost:
 def main() -> None:
     """Run every length and micro-batch, and write table and plot."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    chosen = options("growth", __doc__, task=False, model=False)
+    chosen = options("growth", __doc__, task=False, model=False, turns=False)
     folder = chosen.cache / "growth"
     make_model(folder, QWEN)
     chosen.model = str(folder / QWEN)

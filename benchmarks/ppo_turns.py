@@ -176,12 +176,17 @@ def write_report(
     """Print the report, and write it to benchmarks/results/<name>.md unless rows were left out."""
     runs = {label: next((t for t in turns if isinstance(t, Run)), None) for label, turns in results.items()}
     first = next((run for run in runs.values() if run), None)
+    repeated = (
+        f"Mean over {chosen.turns} turns (lowest to highest), each with a seed of its own; a row without a range for "
+        "the time ran in the first turn alone. The tools ran in turns, each in a process of its own."
+        if chosen.turns > 1
+        else "One run of each, one after the other."
+    )
     text = [
         *header(title, name, chosen, first),
         *table(results, reference, chosen.iterations),
         "",
-        f"Mean over {chosen.turns} turns (lowest to highest), each with a seed of its own; a row without a range for "
-        "the time ran in the first turn alone. The tools ran in turns, each in a process of its own.",
+        repeated,
         "",
         f"- **Task**: {Path(chosen.model).name} in {DTYPES[chosen.dtype]}, LoRA r={ppo_task.RANK} on all linear "
         f"layers, {EPISODES} episodes an iteration of {ppo_task.PROMPT_TOKENS} + {ppo_task.NEW_TOKENS} tokens, "
@@ -190,7 +195,7 @@ def write_report(
         "checkpointing unless the row says so. The policy starts from the model itself. The reward model was trained "
         "once, by our recipe, and is given to ours as an adapter, to the others in their own form.",
         f"- **Time**: without loading and the first {SKIPPED} iterations; our critic warms up in up to four of them, "
-        "when an iteration is cheap and the policy rests. In the rewards they count.",
+        "when an iteration is cheap and the policy rests.",
         "- **Memory**: the peak of the process less what it has after importing its libraries. Resident memory counts "
         "the pages of the mapped weight files, anonymous memory does not.",
         *([_rewards(first.rewards[0], reference)] if first and first.rewards else ()),
@@ -215,6 +220,6 @@ def _rewards(start: float, reference: str) -> str:
     return (
         f"- **Reward**: of {ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} samples each, temperature 1, "
         "by the common reward model, whose scores on the base's answers have spread 1; the base has "
-        f"{start:.2f}. *Our time* is that of the row `{reference}` for all its episodes; between snapshots the reward "
-        "is read off a line."
+        f"{start:.2f}. The iterations that are not timed count here. *Our time* is that of the row `{reference}` for "
+        "all its episodes; between snapshots the reward is read off a line."
     )

@@ -67,9 +67,11 @@ class Probed:
         return cls(noted["seconds"], rss, anonymous, noted["versions"], noted["threads"])
 
 
-def options(name: str, description: str | None, *, task: bool = True, model: bool = True) -> argparse.Namespace:
+def options(
+    name: str, description: str | None, *, task: bool = True, model: bool = True, turns: bool = True
+) -> argparse.Namespace:
     """The command line of a benchmark: `task` where it is the PPO task, whose length can be chosen; `model` where the
-    model can be, and there are turns."""
+    model can be; `turns` where all of it runs several times."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,
@@ -81,6 +83,7 @@ def options(name: str, description: str | None, *, task: bool = True, model: boo
             default="HuggingFaceTB/SmolLM2-135M-Instruct",
             help="hub id or folder of a causal LM with a ChatML tokenizer (default: %(default)s)",
         )
+    if turns:
         parser.add_argument(
             "--turns",
             type=int,
