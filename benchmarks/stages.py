@@ -33,8 +33,8 @@ NOTES = [
     "- Memory is the peak of the process less what it has after importing its libraries.",
     "- Tokens are those of the rows, each counted once. DPO scores them under the reference, too; PPO makes half of",
     "  them, scores all under its roles, and trains on them twice.",
-    "- TRL's LM head, which SFT and DPO use, has no kernel on a CPU: a tile of float32 logits, 32,768 tokens of the",
-    "  vocabulary wide, is there several times at once. PPO's and the reward model's loss do without.",
+    "- TRL's LM head, which SFT and DPO use, has no kernel on a CPU: a tile of logits in full precision, 32,768 tokens",
+    "  of the vocabulary wide, is there several times at once. PPO's and the reward model's loss do without.",
     "- PPO's reward here is a function; a reward adapter is one more set of LoRA weights.",
 ]
 
