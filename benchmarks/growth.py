@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.plan import QWEN, SHAPES, Row, make_model, write_data
-from benchmarks.turns import RESULTS, Contestant, Probed, base_in, header, options, probe, write
+from benchmarks.turns import RESULTS, Contestant, Probed, base_in, header, named, options, probe, write
 
 LENGTHS = (128, 256, 512, 1024, 2048)  # tokens of prompt and answer
 LENGTH, ROWS = 256, (2, 4, 8)  # sequences of a micro-batch, more than one, at that length
@@ -61,7 +61,7 @@ def main() -> None:
     by_length = [cost(chosen, folder, runs, 1, length) for length in LENGTHS]
     by_rows = [by_length[LENGTHS.index(LENGTH)], *(cost(chosen, folder, runs, rows, LENGTH) for rows in ROWS)]
     head = header("How cost grows", "growth", chosen, by_length[0].probed)
-    picture = f"growth_{chosen.dtype}.svg"
+    picture = f"{named('growth', chosen.dtype)}.svg"
     write("growth", [*head, *report(by_length, by_rows, picture)], chosen.dtype)
     draw(by_length, by_rows, RESULTS / picture)
 

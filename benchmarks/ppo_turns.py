@@ -153,12 +153,9 @@ def table(results: dict[str, list[Run | Failure]], reference: str, iterations: i
                 spread([float(turn.rss) for turn in runs], 0),
                 f"{fmean(turn.rss for turn in runs) / rss:.2f}",
                 spread([float(turn.anonymous) for turn in runs], 0),
-                *(
-                    [spread([turn.rewards.get(iterations) for turn in runs], 2), spread(equal_time, 2)]
-                    if judged
-                    else ()
-                ),
             ]
+            if judged:
+                cells += [spread([turn.rewards.get(iterations) for turn in runs], 2), spread(equal_time, 2)]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         for message in sorted(failures):
             lines.append(f"| {label} | failed: {message.replace('|', '/')} |" + " |" * (len(columns) - 2))

@@ -244,10 +244,15 @@ def header(title: str, name: str, chosen: argparse.Namespace, probed: Probed | N
 
 
 def write(name: str, lines: Sequence[str], dtype: str = "bfloat16") -> None:
-    """Print a report, and write it to benchmarks/results/<name>.md, or <name>_float32.md."""
+    """Print a report, and write it to benchmarks/results."""
     logger.info("%s", "\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}{'_float32' if dtype == 'float32' else ''}.md").write_text("\n".join([*lines, ""]))
+    (RESULTS / f"{named(name, dtype)}.md").write_text("\n".join([*lines, ""]))
+
+
+def named(name: str, dtype: str) -> str:
+    """What the files of a benchmark's results are called, without suffix: <name>, or <name>_float32."""
+    return f"{name}_float32" if dtype == "float32" else name
 
 
 def processor() -> str:

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens from logits, for where TRL's fused LM head has no kernel: on a CPU."""
+"""Log-probabilities of tokens from logits, where TRL's fused LM head does not serve: PPO on a CPU, and evaluation."""
 
 from typing import Any
 
