@@ -438,6 +438,8 @@ def browser(tmp_path_factory):
         "Network.emulateNetworkConditions",
         {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
     )
+    driver.get("about:blank")  # off the browser's own start page,
+    driver.get_log("performance")  # whose requests are nobody's business here
     yield driver
     driver.quit()
 
