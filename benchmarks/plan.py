@@ -205,7 +205,8 @@ def run(row: Row, folder: Path, number: int, before: Any) -> None:
     def load_off_file(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
         for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
+            if parameter.is_floating_point():  # what was quantized is off the file, and bitsandbytes knows it twice
+                parameter.data = parameter.data.clone()
         return model
 
     models.load_base = load_off_file

@@ -185,12 +185,7 @@ def write_report(
         "",
         repeated,
         "",
-        f"- **Task**: {Path(chosen.model).name} in {DTYPES[chosen.dtype]}, LoRA r={ppo_task.RANK} on all linear "
-        f"layers, {EPISODES} episodes an iteration of {ppo_task.PROMPT_TOKENS} + {ppo_task.NEW_TOKENS} tokens, "
-        f"{ppo_task.PASSES} passes in micro-batches of {ppo_task.MICRO_BATCH} with one optimizer step each, learning "
-        f"rate {ppo_task.LEARNING_RATE:g}, KL coefficient {ppo_task.KL_COEFFICIENT:g}, temperature 1, no gradient "
-        "checkpointing unless the row says so. The policy starts from the model itself. The reward model was trained "
-        "once, by our recipe, and is given to ours as an adapter, to the others in their own form.",
+        task_line(chosen),
         f"- **Time**: without loading and the first {SKIPPED} iterations; our critic warms up in up to four of them, "
         "when an iteration is cheap and the policy rests.",
         "- **Memory**: the peak of the process less what it has after importing its libraries. Resident memory counts "
@@ -211,6 +206,18 @@ def write_report(
         logger.info("%s", "\n".join(text))
     else:
         write(name, text, chosen.dtype)
+
+
+def task_line(chosen: argparse.Namespace) -> str:
+    """What everybody was given to do."""
+    return (
+        f"- **Task**: {Path(chosen.model).name} in {DTYPES[chosen.dtype]}, LoRA r={ppo_task.RANK} on all linear "
+        f"layers, {EPISODES} episodes an iteration of {ppo_task.PROMPT_TOKENS} + {ppo_task.NEW_TOKENS} tokens, "
+        f"{ppo_task.PASSES} passes in micro-batches of {ppo_task.MICRO_BATCH} with one optimizer step each, learning "
+        f"rate {ppo_task.LEARNING_RATE:g}, KL coefficient {ppo_task.KL_COEFFICIENT:g}, temperature 1, no gradient "
+        "checkpointing unless the row says so. The policy starts from the model itself. The reward model was trained "
+        "once, by our recipe, and is given to ours as an adapter, to the others in their own form."
+    )
 
 
 def _rewards(start: float, reference: str) -> str:

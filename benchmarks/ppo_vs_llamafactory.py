@@ -40,7 +40,7 @@ def main() -> None:
     python = environment(chosen.cache, "llamafactory", REQUIREMENTS)
     task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
     n = chosen.iterations
-    _translate(task, n)
+    translate(task, n)
     contestants = [
         ours(task, n, reference),
         llamafactory(task, n, python, f"LLaMA-Factory, {short}", checkpointing=False),
@@ -108,7 +108,7 @@ def translated(task: Task) -> Path:
     return task.folder / "llamafactory"
 
 
-def _translate(task: Task, iterations: int) -> None:
+def translate(task: Task, iterations: int) -> None:
     """Write the task as LLaMA-Factory and its transformers 4.46 and peft 0.12 read it."""
     from safetensors.torch import load_file, save_file
 

@@ -22,9 +22,8 @@ No page of it is touched that no call uses."""
 def roomy(function: Callable[P, T]) -> Callable[P, T]:
     """The function, with all calls that it makes in one chunk of the stack."""
 
-    @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         return function(*args, **kwargs)
 
     call.__code__ = call.__code__.replace(co_stacksize=SLOTS)
-    return call
+    return functools.wraps(function)(call)

@@ -15,6 +15,7 @@ from benchmarks import (
     gpu_cards,
     overhead,
     padding,
+    ppo_rewards,
     ppo_task,
     ppo_turns,
     ppo_vs_bare_loop,
@@ -79,6 +80,16 @@ def test_table_compares_with_ours_and_keeps_failures() -> None:
     assert [row[6:8] for row in rows[:2]] == [["4.00", "4.00"], ["4.00", "2.00"]]
     assert rows[2][:2] == ["broken", "failed: RuntimeError: a / b"]
     assert len({len(row) for row in rows}) == 1
+
+
+def test_rewards_after_equal_episodes_are_those_of_the_turns_that_ran() -> None:
+    broken: list[Run | Failure] = [made(32.0), Failure("RuntimeError: a | b")]
+    lines = ppo_rewards.table({"ours": [made(32.0), made(32.0)], "broken": broken})
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    kept = sorted(made(32.0).rewards)
+    assert rows[0] == ["", *(f"{32 * iteration} episodes" for iteration in kept), "turns"]
+    assert rows[2] == ["ours", *(f"{made(32.0).rewards[iteration]:.2f}" for iteration in kept), "2 of 2"]
+    assert rows[3] == ["broken", *rows[2][1:-1], "1 of 2"]
 
 
 def test_runs_without_snapshots_are_not_judged_and_the_table_has_no_rewards(

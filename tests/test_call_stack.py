@@ -10,7 +10,7 @@ from rlhf_recipes.call_stack import roomy
 resource = pytest.importorskip("resource")
 
 CALLS = 300
-DEPTHS = range(0, 150, 3)  # frames of 200 bytes each and more: over a chunk of 16 KiB
+DEPTHS = range(250)  # frames of 100 bytes each and more: over a chunk of 16 KiB
 
 
 def leaf(a: int) -> int:

@@ -440,6 +440,16 @@ def test_the_policy_waits_for_the_critic_but_not_for_ever(make_trainer):
     assert trainer.critic_ready and history(trainer, "ratio")
 
 
+def test_the_critic_learns_in_the_first_passes_alone_where_asked_to_but_warms_up_in_all(make_trainer):
+    trainer = make_trainer(num_iterations=3, value_num_iterations=1, max_steps=6)
+    trainer.train()
+    assert len(history(trainer, "value_loss")) == 2 and len(history(trainer, "ratio")) == 6
+    warmup = {"value_warmup_explained_variance": 0.99, "value_warmup_max_iterations": 1}
+    trainer = make_trainer(num_iterations=3, value_num_iterations=1, max_steps=6, **warmup)
+    trainer.train()
+    assert len(history(trainer, "value_loss")) == 3 + 1
+
+
 def test_passes_end_beyond_target_kl(make_trainer):
     trainer = make_trainer(num_iterations=4, target_kl=1e-7, max_steps=4, learning_rate=0.05)
     trainer.train()

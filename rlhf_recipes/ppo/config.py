@@ -130,6 +130,13 @@ class PPOConfig(GRPOConfig):
             "`reward` is `sft`."
         },
     )
+    value_num_iterations: int | None = field(
+        default=None,
+        metadata={
+            "help": "Passes over each rollout batch that train the critic too; while it warms up all do. None: as many "
+            "as num_iterations. Lower: faster."
+        },
+    )
     freeze_value: bool = field(
         default=False,
         metadata={"help": "Do not train the critic (a pretrained one, as in DVPO, arXiv 2502.16944)."},
@@ -207,6 +214,7 @@ def _faults(args: PPOConfig) -> list[str]:
     rules = {
         "num_generations": (args.num_generations is not None and args.num_generations >= 1, "at least 1"),
         "num_iterations": (args.num_iterations >= 1, "at least 1"),
+        "value_num_iterations": (args.value_num_iterations is None or args.value_num_iterations >= 1, "at least 1"),
         "kl_estimator": (args.kl_estimator in ("k1", "k3"), "`k1` or `k3`"),
         "beta": (args.beta >= 0, "0 or more"),
         "gamma": (0 <= args.gamma <= 1, "between 0 and 1"),

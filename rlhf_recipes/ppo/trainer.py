@@ -469,7 +469,7 @@ class PPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         value_loss = torch.zeros((), device=self.accelerator.device)
-        if not self.args.freeze_value:
+        if self._critic_learns():
             # backward before the next switch of adapters: checkpointing recomputes with the active one
             with self._timed("value"), self.roles.active(VALUE), self.roles.trunk_given(inputs.get("trunk")):
                 value_loss = self._value_loss(inputs)
@@ -528,6 +528,12 @@ class PPOTrainer(GRPOTrainer):
         self._pass_kl[self._pass].append(kl)
         self._metrics["train"]["ratio"].append(self._mean(log_ratio.exp()))
         self._metrics["train"]["kl_to_old_policy"].append(kl)
+
+    def _critic_learns(self) -> bool:
+        """Whether the current pass over the rollout batch trains the critic."""
+        passes = self.args.value_num_iterations
+        every_pass = passes is None or not self.critic_ready
+        return not self.args.freeze_value and (every_pass or self._pass % self.num_iterations < passes)
 
     def _passes_are_over(self) -> bool:
         """Whether an earlier pass over this rollout batch ended beyond `target_kl`; looked at between passes only."""
