@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks import ppo_task, ppo_vs_llamafactory, ppo_vs_swift, ppo_vs_trl
 from benchmarks.ppo_task import EPISODES
-from benchmarks.ppo_turns import Failure, Run, compete, ours, task_line
+from benchmarks.ppo_turns import Failure, Run, compete, ours, reward_line, task_line
 from benchmarks.turns import DTYPES, environment, header, options, spread, write
 
 NAME = "ppo_rewards"
@@ -36,7 +36,7 @@ def main() -> None:
     results = compete(contestants, task, chosen, NAME)
     first = next((turn for turns in results.values() for turn in turns if isinstance(turn, Run)), None)
     head = header("Reward after equal episodes", NAME, chosen, first)
-    write(NAME, [*head, *table(results), "", task_line(chosen), *NOTES], chosen.dtype)
+    write(NAME, [*head, *table(results), "", task_line(chosen), reward_line(), *NOTES], chosen.dtype)
 
 
 def table(results: Mapping[str, Sequence[Run | Failure]]) -> list[str]:
@@ -52,9 +52,7 @@ def table(results: Mapping[str, Sequence[Run | Failure]]) -> list[str]:
 
 
 NOTES = [
-    f"- **Reward**: of {ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} samples each, temperature 1, by",
-    "  the common reward model, whose scores on the base's answers have spread 1. Mean over the turns (lowest to",
-    "  highest), each with a seed of its own, the same for everybody.",
+    "- Mean over the turns (lowest to highest), each with a seed of its own, the same for everybody.",
     "- Our critic warms up in up to four iterations, in which our policy rests; they count as episodes here.",
 ]
 

@@ -220,10 +220,16 @@ def task_line(chosen: argparse.Namespace) -> str:
     )
 
 
-def _rewards(start: float, reference: str) -> str:
+def reward_line() -> str:
+    """What a reward is."""
     return (
         f"- **Reward**: of {ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} samples each, temperature 1, "
-        "by the common reward model, whose scores on the base's answers have spread 1; the base has "
-        f"{start:.2f}. The iterations that are not timed count here. *Our time* is that of the row `{reference}` for "
-        "all its episodes; between snapshots the reward is read off a line."
+        "by the common reward model, whose scores on the base's answers have spread 1."
+    )
+
+
+def _rewards(start: float, reference: str) -> str:
+    return (
+        f"{reward_line()} The base has {start:.2f}. The iterations that are not timed count here. *Our time* is that "
+        f"of the row `{reference}` for all its episodes; between snapshots the reward is read off a line."
     )

@@ -2,9 +2,8 @@
 
 CPython keeps the frames of calls in chunks of 16 KiB, and returns a chunk to the system when the last frame in it ends.
 Where a loop sits just below the end of a chunk, every call that it makes maps memory and unmaps it again: a training
-step of Trainer, accelerate, PEFT and torch is as deep as that, and a CPU then spends a quarter of its time on it (in
-bf16, SmolLM2-135M). CPython keeps a chunk since a patch of 3.13 and 3.14 (python/cpython issue 142183); 3.11 and 3.12
-never will.
+step of Trainer, accelerate, PEFT and torch is as deep as that. Sampling took a third longer for it (docs/memory.md).
+CPython keeps a chunk since a patch of 3.13 and 3.14 (python/cpython issue 142183); 3.11 and 3.12 never will.
 """
 
 import functools

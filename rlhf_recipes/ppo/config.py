@@ -214,7 +214,10 @@ def _faults(args: PPOConfig) -> list[str]:
     rules = {
         "num_generations": (args.num_generations is not None and args.num_generations >= 1, "at least 1"),
         "num_iterations": (args.num_iterations >= 1, "at least 1"),
-        "value_num_iterations": (args.value_num_iterations is None or args.value_num_iterations >= 1, "at least 1"),
+        "value_num_iterations": (
+            args.value_num_iterations is None or args.value_num_iterations >= 1,
+            "at least 1, or null",
+        ),
         "kl_estimator": (args.kl_estimator in ("k1", "k3"), "`k1` or `k3`"),
         "beta": (args.beta >= 0, "0 or more"),
         "gamma": (0 <= args.gamma <= 1, "between 0 and 1"),
