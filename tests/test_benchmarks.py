@@ -24,9 +24,12 @@ from benchmarks import (
     ppo_vs_trl,
     rollouts,
     stages,
+    trained_window_model,
     turns,
 )
 from benchmarks.ppo_turns import Failure, Run, table
+from benchmarks.trained_window import WINDOWS
+from benchmarks.trained_window_model import Window
 from benchmarks.turns import Contestant, error_line, spread
 from rlhf_recipes.config import compose
 
@@ -90,6 +93,20 @@ def test_rewards_after_equal_episodes_are_those_of_the_turns_that_ran() -> None:
     assert rows[0] == ["", *(f"{32 * iteration} episodes" for iteration in kept), "turns"]
     assert rows[2] == ["ours", *(f"{made(32.0).rewards[iteration]:.2f}" for iteration in kept), "2 of 2"]
     assert rows[3] == ["broken", *rows[2][1:-1], "1 of 2"]
+
+
+def test_a_windows_reward_after_equal_time_is_that_of_the_default_window_in_all_of_its_episodes() -> None:
+    seconds = dict.fromkeys(WINDOWS, 32.0) | {"all": 64.0, "upper sixth": 16.0}
+    found = {name: Window([0.9], [1.0], [made(step)]) for name, step in seconds.items()}
+
+    lines = trained_window_model.table(found, 8, depth=30)
+    columns, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
+    cells = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+
+    assert [cells[name]["layers"] for name in WINDOWS] == ["1 to 30", "16 to 30", "21 to 30", "26 to 30", "11 to 20"]
+    assert cells["all"]["x default"] == "2.00"
+    assert cells["all"]["PPO: reward after equal time"] == "2.00", "half of its episodes"
+    assert cells["upper sixth"]["PPO: reward after equal time"] == "4.00", "it has no more episodes than the default"
 
 
 def test_runs_without_snapshots_are_not_judged_and_the_table_has_no_rewards(

@@ -1,0 +1,140 @@
+"""Which layers RM, DPO and PPO need to train, on a pretrained model: writes benchmarks/results/trained_window_model.md.
+
+    python -m benchmarks.trained_window_model [--model <folder or hub id>] [--dtype float32]
+
+The windows of benchmarks.trained_window on the task of benchmarks.ppo_vs_llamafactory. PPO is given the same reward in
+every row, that of a reward model whose own window is the upper sixth, so that it stands on every row's trunk; all
+policies are judged by another one.
+"""
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from benchmarks import ppo_task
+from benchmarks.ppo_task import EPISODES, Task, train_on_rankings
+from benchmarks.ppo_turns import Failure, Run, compete, ours, task_line
+from benchmarks.trained_window import DEFAULT, WINDOWS
+from benchmarks.turns import header, options, spread, write
+
+NAME = "trained_window_model"
+REWARD = "upper sixth"
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one window came to, by turn."""
+
+    accuracy: list[float]  # of its reward model, on held-out pairs
+    dpo: list[float]  # reward by the judge
+    ppo: list[Run]
+
+
+def main() -> None:
+    """Train everything in every window, judge it, and write the table."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    chosen = options(NAME, __doc__)
+    task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
+    runs = chosen.cache / "runs" / NAME / chosen.dtype
+    trained = {
+        stage: {
+            window: [stage_of(stage, task, runs, window, seed, chosen.resume) for seed in range(chosen.turns)]
+            for window in WINDOWS
+        }
+        for stage in ("rm", "dpo")
+    }
+    reward = f"reward.model={trained['rm'][REWARD][0]}"
+    contestants = [ours(task, chosen.iterations, window, *layers(window), reward) for window in WINDOWS]
+    ppo = compete(contestants, task, chosen, NAME)
+    judge = ppo_task.Judge(task)
+    start = judge.reward(None)
+    found = {
+        window: Window(
+            accuracy=[json.loads((made / "metrics.json").read_text())["accuracy"][0] for made in trained["rm"][window]],
+            dpo=[judge.reward(made / "adapter_model.safetensors") for made in trained["dpo"][window]],
+            ppo=[succeeded(window, turn) for turn in turns],
+        )
+        for window, turns in ppo.items()
+    }
+    depth = json.loads((task.base / "config.json").read_text())["num_hidden_layers"]
+    head = header("Which layers to train", NAME, chosen, found[DEFAULT].ppo[0])
+    write(NAME, [*head, *table(found, chosen.iterations, depth), "", *notes(chosen, start, depth)], chosen.dtype)
+
+
+def layers(window: str) -> list[str]:
+    """The overrides of a window."""
+    trunk, frozen_top = WINDOWS[window]
+    return [f"trunk={trunk}", f"frozen_top={frozen_top}"]
+
+
+def stage_of(stage: str, task: Task, runs: Path, window: str, seed: int, resume: bool) -> Path:
+    """Folder of what RM or DPO made in a window."""
+    folder = runs / stage / window.replace(" ", "-") / str(seed)
+    again = [] if resume else ["overwrite=true"]
+    return train_on_rankings(stage, task, folder, *layers(window), f"training.seed={seed}", *again)
+
+
+def succeeded(window: str, turn: Run | Failure) -> Run:
+    """The run.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    if isinstance(turn, Failure):
+        raise RuntimeError(f"PPO in the window '{window}' failed: {turn.message}")
+    return turn
+
+
+def table(found: Mapping[str, Window], iterations: int, depth: int) -> list[str]:
+    """A line for each window."""
+    columns = [
+        *("window", "layers", "RM accuracy", "DPO: reward"),
+        *(f"PPO: reward after {EPISODES * n} episodes" for n in kept(found)),
+        *("s / episode", "x default", "PPO: reward after equal time", "peak RSS, MB"),
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    default = found[DEFAULT].ppo
+    for name, window in found.items():
+        trunk, frozen_top = (int(share * depth) for share in WINDOWS[name])
+        seconds = [run.seconds_per_episode for run in window.ppo]
+        ratio = fmean(seconds) / fmean(run.seconds_per_episode for run in default)
+        equal_time = [
+            run.rewards[iterations] if ratio <= 1 else run.reward_after(other.trained(iterations))
+            for run, other in zip(window.ppo, default, strict=True)
+        ]
+        cells = [
+            f"{trunk + 1} to {depth - frozen_top}",
+            spread(window.accuracy, 3),
+            spread(window.dpo, 2),
+            *(spread([run.rewards[n] for run in window.ppo], 2) for n in kept(found)),
+            *(spread(seconds, 3), f"{ratio:.2f}", spread(equal_time, 2)),
+            spread([float(run.rss) for run in window.ppo], 0),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def kept(found: Mapping[str, Window]) -> list[int]:
+    """The iterations after which the policies were judged."""
+    return sorted(set(found[DEFAULT].ppo[0].rewards) - {0})
+
+
+def notes(chosen: Namespace, start: float, depth: int) -> list[str]:
+    """What the columns mean."""
+    return [
+        task_line(chosen),
+        f"- The model has {depth} layers. There is no SFT stage; RM, DPO and PPO train those of the row.",
+        f"- PPO's reward is that of the reward model of `{REWARD}` in every row. *Reward* is that of the task's own "
+        f"reward model, which no row trains against, of {ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} "
+        f"samples each; the base has {start:.2f}.",
+        f"- *Equal time* is that of `{DEFAULT}` for all its episodes; between snapshots the reward is read off a line, "
+        "and a faster row has no more than its own episodes.",
+    ]
+
+
+if __name__ == "__main__":
+    main()
