@@ -1,4 +1,4 @@
-"""The reward that each tool's PPO has after equal episodes: writes benchmarks/results/ppo_rewards.md.
+"""The reward that each tool's PPO has after equal episodes, and its KL: writes benchmarks/results/ppo_rewards.md.
 
     python -m benchmarks.ppo_rewards [--model <folder or hub id>] [--dtype float32]
 
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from benchmarks import ppo_task, ppo_vs_llamafactory, ppo_vs_swift, ppo_vs_trl
-from benchmarks.ppo_task import EPISODES
+from benchmarks.ppo_task import EPISODES, KL_COEFFICIENT
 from benchmarks.ppo_turns import Failure, Run, compete, ours, reward_line, task_line
 from benchmarks.turns import DTYPES, environment, header, options, spread, write
 
@@ -40,19 +40,28 @@ def main() -> None:
 
 
 def table(results: Mapping[str, Sequence[Run | Failure]]) -> list[str]:
-    """One row for each tool, one column for each number of iterations after which its policy was kept."""
+    """One row for each tool: the reward after each number of iterations after which its policy was kept, and what it
+    cost in KL at the end."""
     runs = {label: [turn for turn in turns if isinstance(turn, Run)] for label, turns in results.items()}
-    kept = sorted({iteration for turns in runs.values() for run in turns for iteration in run.rewards})
-    columns = ["", *(f"{iteration * EPISODES} episodes" for iteration in kept), "turns"]
+    kept = sorted({iteration for turns in runs.values() for run in turns for iteration in run.verdicts})
+    rewards = [f"reward after {iteration * EPISODES} episodes" for iteration in kept]
+    columns = ["", *rewards, "KL at the end, nats", f"reward - {KL_COEFFICIENT:g} KL", "turns"]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for label, turns in runs.items():
-        cells = [spread([run.rewards.get(iteration) for run in turns], 2) for iteration in kept]
+        ends = [run.verdicts[kept[-1]] for run in turns]
+        cells = [
+            *(spread([run.rewards.get(iteration) for run in turns], 2) for iteration in kept),
+            spread([end.kl for end in ends], 2),
+            spread([end.objective for end in ends], 2),
+        ]
         lines.append(f"| {label} | {' | '.join(cells)} | {len(turns)} of {len(results[label])} |")
     return lines
 
 
 NOTES = [
     "- Mean over the turns (lowest to highest), each with a seed of its own, the same for everybody.",
+    "- **KL** to the base, of the same answers. With one KL coefficient for all, reward less KL is what all tools "
+    "maximize.",
     "- Our critic warms up in up to four iterations, in which our policy rests; they count as episodes here.",
 ]
 

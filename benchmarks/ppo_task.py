@@ -227,8 +227,21 @@ def prompts_for_rival(task: Task, iterations: int) -> list[Conversation]:
     return list(islice(cycle(read_prompts(task.prompts)), iterations * EPISODES))
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What a policy is worth on the held-out prompts."""
+
+    reward: float  # mean score by the common reward model
+    kl: float  # to the base, in nats an answer
+
+    @property
+    def objective(self) -> float:
+        """What all tools maximize: the reward less the KL coefficient times the KL."""
+        return self.reward - KL_COEFFICIENT * self.kl
+
+
 class Judge:
-    """Scores policies: what they answer to the held-out prompts, by the common reward model, with the same noise."""
+    """Judges policies by what they answer to the held-out prompts, with the same noise for all."""
 
     def __init__(self, task: Task) -> None:
         from peft import LoraConfig, get_peft_model
@@ -248,8 +261,8 @@ class Judge:
             prompts, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )["input_ids"]  # all of one length: no padding
 
-    def reward(self, adapter: Path | None) -> float:
-        """Mean reward of the policy with these LoRA weights; without any, of the base."""
+    def verdict(self, adapter: Path | None) -> Verdict:
+        """Of the policy with these LoRA weights; without any, of the base."""
         import torch
         from peft.utils import set_peft_model_state_dict
         from safetensors.torch import load_file
@@ -270,4 +283,22 @@ class Judge:
                 pad_token_id=self.pad,
             )
             scores = self.classifier(input_ids=sequences, attention_mask=sequences != self.pad).logits
-        return float(scores.float().mean())
+            kl = [self._kl(some) for some in sequences.split(EPISODES)]
+        return Verdict(float(scores.float().mean()), float(torch.cat(kl).mean()))
+
+    def _kl(self, sequences: Any) -> Any:
+        """KL of some answers (b,), estimated on the tokens that were sampled (k3), which is never negative."""
+        answers = sequences[:, PROMPT_TOKENS:]
+        logps = self._logps(sequences)
+        with self.policy.disable_adapter():
+            log_ratio = self._logps(sequences) - logps
+        return ((log_ratio.expm1() - log_ratio) * (answers != self.pad)).sum(dim=1)
+
+    def _logps(self, sequences: Any) -> Any:
+        """Log-probabilities (b, t) of the answers' tokens."""
+        from trl.trainer.utils import selective_log_softmax
+
+        answers = sequences[:, PROMPT_TOKENS:]
+        mask = sequences != self.pad
+        logits = self.policy(input_ids=sequences, attention_mask=mask, logits_to_keep=answers.size(1) + 1).logits
+        return selective_log_softmax(logits[:, :-1].float(), answers)

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import ppo_task
-from benchmarks.ppo_task import EPISODES, STEPS, Task
+from benchmarks.ppo_task import EPISODES, STEPS, Task, Verdict
 from benchmarks.turns import DTYPES, Contestant, Probed, error_line, header, run, spread, write
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,12 @@ critic warms up and the policy rests."""
 class Run(Probed):
     """One turn of one contestant."""
 
-    rewards: dict[int, float]  # of held-out prompts, by iteration; 0 is the base
+    verdicts: dict[int, Verdict]  # on held-out prompts, by iteration; 0 is the base
+
+    @property
+    def rewards(self) -> dict[int, float]:
+        """By iteration."""
+        return {iteration: verdict.reward for iteration, verdict in self.verdicts.items()}
 
     @property
     def seconds_per_episode(self) -> float:
@@ -109,15 +114,15 @@ def compete(
     for contestant, seed, folder in runs:
         run(contestant, folder, seed, snapshots=snapshots, resume=chosen.resume)
     judge = ppo_task.Judge(task) if snapshots else None
-    start = {0: judge.reward(None)} if judge else {}
+    start = {0: judge.verdict(None)} if judge else {}
     results: dict[str, list[Run | Failure]] = {}
     for contestant, _, folder in runs:
         results.setdefault(contestant.label, []).append(result(folder, judge, start, chosen.iterations))
     return results
 
 
-def result(folder: Path, judge: ppo_task.Judge | None, start: dict[int, float], iterations: int) -> Run | Failure:
-    """What a turn came to, from what it left in its folder; no rewards without a judge."""
+def result(folder: Path, judge: ppo_task.Judge | None, start: dict[int, Verdict], iterations: int) -> Run | Failure:
+    """What a turn came to, from what it left in its folder; no verdicts without a judge."""
     code = int((folder / "exit.txt").read_text())
     if code:
         return Failure(error_line((folder / "log.txt").read_text()) or f"exit code {code}")
@@ -125,8 +130,8 @@ def result(folder: Path, judge: ppo_task.Judge | None, start: dict[int, float], 
     if len(probed.seconds) != iterations:
         return Failure(f"{len(probed.seconds)} iterations were counted instead of {iterations}")
     snapshots = {int(file.stem.removeprefix("policy-")): file for file in folder.glob("policy-*.safetensors")}
-    rewards = {iteration: judge.reward(file) for iteration, file in sorted(snapshots.items())} if judge else {}
-    return Run(**vars(probed), rewards=start | rewards)
+    verdicts = {iteration: judge.verdict(file) for iteration, file in sorted(snapshots.items())} if judge else {}
+    return Run(**vars(probed), verdicts=start | verdicts)
 
 
 def table(results: dict[str, list[Run | Failure]], reference: str, iterations: int) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean
 
 from benchmarks import ppo_task
-from benchmarks.ppo_task import EPISODES, Task, train_on_rankings
+from benchmarks.ppo_task import EPISODES, Task, Verdict, train_on_rankings
 from benchmarks.ppo_turns import Failure, Run, compete, ours, task_line
 from benchmarks.trained_window import DEFAULT, WINDOWS
 from benchmarks.turns import header, options, spread, write
@@ -30,7 +30,7 @@ class Window:
     """What one window came to, by turn."""
 
     accuracy: list[float]  # of its reward model, on held-out pairs
-    dpo: list[float]  # reward by the judge
+    dpo: list[Verdict]
     ppo: list[Run]
 
 
@@ -51,11 +51,11 @@ def main() -> None:
     contestants = [ours(task, chosen.iterations, window, *layers(window), reward) for window in WINDOWS]
     ppo = compete(contestants, task, chosen, NAME)
     judge = ppo_task.Judge(task)
-    start = judge.reward(None)
+    start = judge.verdict(None).reward
     found = {
         window: Window(
             accuracy=[json.loads((made / "metrics.json").read_text())["accuracy"][0] for made in trained["rm"][window]],
-            dpo=[judge.reward(made / "adapter_model.safetensors") for made in trained["dpo"][window]],
+            dpo=[judge.verdict(made / "adapter_model.safetensors") for made in trained["dpo"][window]],
             ppo=[succeeded(window, turn) for turn in turns],
         )
         for window, turns in ppo.items()
@@ -92,9 +92,9 @@ def succeeded(window: str, turn: Run | Failure) -> Run:
 def table(found: Mapping[str, Window], iterations: int, depth: int) -> list[str]:
     """A line for each window."""
     columns = [
-        *("window", "layers", "RM accuracy", "DPO: reward"),
+        *("window", "layers", "RM accuracy", "DPO: reward", "DPO: KL"),
         *(f"PPO: reward after {EPISODES * n} episodes" for n in kept(found)),
-        *("s / episode", "x default", "PPO: reward after equal time", "peak RSS, MB"),
+        *("PPO: KL", "s / episode", "x default", "PPO: reward after equal time", "peak RSS, MB"),
     ]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     default = found[DEFAULT].ppo
@@ -109,8 +109,10 @@ def table(found: Mapping[str, Window], iterations: int, depth: int) -> list[str]
         cells = [
             f"{trunk + 1} to {depth - frozen_top}",
             spread(window.accuracy, 3),
-            spread(window.dpo, 2),
+            spread([verdict.reward for verdict in window.dpo], 2),
+            spread([verdict.kl for verdict in window.dpo], 1),
             *(spread([run.rewards[n] for run in window.ppo], 2) for n in kept(found)),
+            spread([run.verdicts[iterations].kl for run in window.ppo], 2),
             *(spread(seconds, 3), f"{ratio:.2f}", spread(equal_time, 2)),
             spread([float(run.rss) for run in window.ppo], 0),
         ]
@@ -130,7 +132,7 @@ def notes(chosen: Namespace, start: float, depth: int) -> list[str]:
         f"- The model has {depth} layers. There is no SFT stage; RM, DPO and PPO train those of the row.",
         f"- PPO's reward is that of the reward model of `{REWARD}` in every row. *Reward* is that of the task's own "
         f"reward model, which no row trains against, of {ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} "
-        f"samples each; the base has {start:.2f}.",
+        f"samples each; the base has {start:.2f}. *KL* is that to the base, in nats an answer.",
         f"- *Equal time* is that of `{DEFAULT}` for all its episodes; between snapshots the reward is read off a line, "
         "and a faster row has no more than its own episodes.",
     ]

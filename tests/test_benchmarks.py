@@ -27,6 +27,7 @@ from benchmarks import (
     trained_window_model,
     turns,
 )
+from benchmarks.ppo_task import Verdict
 from benchmarks.ppo_turns import Failure, Run, table
 from benchmarks.trained_window import WINDOWS
 from benchmarks.trained_window_model import Window
@@ -37,7 +38,8 @@ from rlhf_recipes.config import compose
 def made(step: float, *, rewards: dict[int, float] | None = None) -> Run:
     """A run of eight iterations of `step` seconds each, but for a slow first one."""
     seconds = [100 + step * i for i in range(8)]
-    return Run(seconds, rss=1000, anonymous=500, versions={}, threads=1, rewards=rewards or {0: 0.0, 8: 4.0})
+    verdicts = {n: Verdict(reward, kl=reward / 2) for n, reward in (rewards or {0: 0.0, 8: 4.0}).items()}
+    return Run(seconds, rss=1000, anonymous=500, versions={}, threads=1, verdicts=verdicts)
 
 
 def test_time_leaves_out_the_first_iterations() -> None:
@@ -89,15 +91,15 @@ def test_rewards_after_equal_episodes_are_those_of_the_turns_that_ran() -> None:
     broken: list[Run | Failure] = [made(32.0), Failure("RuntimeError: a | b")]
     lines = ppo_rewards.table({"ours": [made(32.0), made(32.0)], "broken": broken})
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    kept = sorted(made(32.0).rewards)
-    assert rows[0] == ["", *(f"{32 * iteration} episodes" for iteration in kept), "turns"]
-    assert rows[2] == ["ours", *(f"{made(32.0).rewards[iteration]:.2f}" for iteration in kept), "2 of 2"]
+
+    assert rows[0][1:3] == ["reward after 0 episodes", "reward after 256 episodes"]
+    assert rows[2] == ["ours", "0.00", "4.00", "2.00", f"{4 - 0.2 * 2:.2f}", "2 of 2"]
     assert rows[3] == ["broken", *rows[2][1:-1], "1 of 2"]
 
 
 def test_a_windows_reward_after_equal_time_is_that_of_the_default_window_in_all_of_its_episodes() -> None:
     seconds = dict.fromkeys(WINDOWS, 32.0) | {"all": 64.0, "upper sixth": 16.0}
-    found = {name: Window([0.9], [1.0], [made(step)]) for name, step in seconds.items()}
+    found = {name: Window([0.9], [Verdict(1.0, 0.5)], [made(step)]) for name, step in seconds.items()}
 
     lines = trained_window_model.table(found, 8, depth=30)
     columns, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
