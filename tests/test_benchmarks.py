@@ -219,7 +219,7 @@ def test_tasks_and_runs_of_two_dtypes_lie_apart(
     folders: list[Path] = []
     monkeypatch.setattr(ppo_turns, "run", lambda contestant, folder, *_, **__: folders.append(folder))
     monkeypatch.setattr(ppo_turns, "result", lambda *_: Failure(""))
-    monkeypatch.setattr(ppo_task, "Judge", lambda task: argparse.Namespace(reward=lambda adapter: 0.0))
+    monkeypatch.setattr(ppo_task, "Judge", lambda task: argparse.Namespace(verdict=lambda adapter: Verdict(0.0, 0.0)))
     same = Contestant("ours", Path(sys.executable), [], lambda folder, seed: [])
     ppo_turns.compete([same], task, chosen, "campaign")
     assert folders == [chosen.cache / "runs" / "campaign" / chosen.dtype / "ours" / "0"]
