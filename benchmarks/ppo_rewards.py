@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks import ppo_task, ppo_vs_llamafactory, ppo_vs_swift, ppo_vs_trl
 from benchmarks.ppo_task import EPISODES, KL_COEFFICIENT
-from benchmarks.ppo_turns import Failure, Run, compete, ours, reward_line, task_line
-from benchmarks.turns import DTYPES, environment, header, options, spread, write
+from benchmarks.ppo_turns import Failure, Run, compete, ours, publish, reward_line, task_line
+from benchmarks.turns import DTYPES, environment, header, options, spread
 
 NAME = "ppo_rewards"
 
@@ -20,7 +20,7 @@ NAME = "ppo_rewards"
 def main() -> None:
     """Run everybody in turns and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    chosen = options(NAME, __doc__)
+    chosen = options(NAME, __doc__, judged=True)
     short, n = DTYPES[chosen.dtype], chosen.iterations
     rivals = {"llamafactory": ppo_vs_llamafactory, "swift": ppo_vs_swift, "trl": ppo_vs_trl}
     pythons = {name: environment(chosen.cache, name, rival.REQUIREMENTS) for name, rival in rivals.items()}
@@ -36,7 +36,7 @@ def main() -> None:
     results = compete(contestants, task, chosen, NAME)
     first = next((turn for turns in results.values() for turn in turns if isinstance(turn, Run)), None)
     head = header("Reward after equal episodes", NAME, chosen, first)
-    write(NAME, [*head, *table(results), "", task_line(chosen), reward_line(), *NOTES], chosen.dtype)
+    publish(NAME, [*head, *table(results), "", task_line(chosen), reward_line(), *NOTES], chosen)
 
 
 def table(results: Mapping[str, Sequence[Run | Failure]]) -> list[str]:

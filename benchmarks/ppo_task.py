@@ -288,17 +288,18 @@ class Judge:
 
     def _kl(self, sequences: Any) -> Any:
         """KL of some answers (b,), estimated on the tokens that were sampled (k3), which is never negative."""
-        answers = sequences[:, PROMPT_TOKENS:]
+        from rlhf_recipes.ppo.advantages import kl_estimate
+
         logps = self._logps(sequences)
         with self.policy.disable_adapter():
-            log_ratio = self._logps(sequences) - logps
-        return ((log_ratio.expm1() - log_ratio) * (answers != self.pad)).sum(dim=1)
+            base_logps = self._logps(sequences)
+        return (kl_estimate(logps, base_logps, "k3") * (sequences[:, PROMPT_TOKENS:] != self.pad)).sum(dim=1)
 
     def _logps(self, sequences: Any) -> Any:
         """Log-probabilities (b, t) of the answers' tokens."""
-        from trl.trainer.utils import selective_log_softmax
+        from rlhf_recipes.logps import TokenLogps
 
         answers = sequences[:, PROMPT_TOKENS:]
         mask = sequences != self.pad
         logits = self.policy(input_ids=sequences, attention_mask=mask, logits_to_keep=answers.size(1) + 1).logits
-        return selective_log_softmax(logits[:, :-1].float(), answers)
+        return TokenLogps.apply(logits[:, :-1], answers)[0]

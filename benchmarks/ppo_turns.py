@@ -207,10 +207,15 @@ def write_report(
         ),
         "",
     ]
+    publish(name, text, chosen)
+
+
+def publish(name: str, lines: Sequence[str], chosen: argparse.Namespace) -> None:
+    """Print a report, and write it to benchmarks/results/<name>.md unless rows were left out."""
     if chosen.only:
-        logger.info("%s", "\n".join(text))
+        logger.info("%s", "\n".join(lines))
     else:
-        write(name, text, chosen.dtype)
+        write(name, lines, chosen.dtype)
 
 
 def task_line(chosen: argparse.Namespace) -> str:

@@ -129,8 +129,19 @@ def gold(cfg: Any, adapter: Path) -> float:
 def overrides(runs: Path, window: str, seed: int) -> list[str]:
     """What all stages of a window and seed have in common."""
     name = f"seed{seed}-{window.replace(' ', '-')}"
+    return [f"run={name}", f"seed={seed}", f"runs_dir={runs}", *layers(window)]
+
+
+def layers(window: str) -> list[str]:
+    """The overrides that make a window."""
     trunk, frozen_top = WINDOWS[window]
-    return [f"run={name}", f"seed={seed}", f"runs_dir={runs}", f"trunk={trunk}", f"frozen_top={frozen_top}"]
+    return [f"trunk={trunk}", f"frozen_top={frozen_top}"]
+
+
+def span(window: str, depth: int) -> str:
+    """The layers of a window in a model of so many, counted from 1: `4 to 6`."""
+    trunk, frozen_top = (int(share * depth) for share in WINDOWS[window])
+    return f"{trunk + 1} to {depth - frozen_top}" if depth - frozen_top > trunk + 1 else f"{trunk + 1}"
 
 
 def timed(runs: Path, window: str, seed: int) -> float:
@@ -149,14 +160,13 @@ def timed(runs: Path, window: str, seed: int) -> float:
 
 def report(found: dict[str, list[Trained]], seconds: Mapping[str, float]) -> str:
     """The table in Markdown."""
-    layers = models.read_config(compose("ppo", []).model).num_hidden_layers
+    depth = models.read_config(compose("ppo", []).model).num_hidden_layers
     lines = []
     for window, trained in found.items():
-        trunk, frozen_top = (int(share * layers) for share in WINDOWS[window])
         ratio = seconds[window] / seconds[DEFAULT]
         equal_time = [t.gold_after(t.steps[-1] / max(ratio, 1.0)) for t in trained]
         cells = [
-            f"{trunk + 1} to {layers - frozen_top}" if layers - frozen_top > trunk + 1 else f"{trunk + 1}",
+            span(window, depth),
             spread([t.accuracy for t in trained], 3),
             spread([t.dpo - t.sft for t in trained], 3),
             spread([t.reward[-1] for t in trained], 2),
@@ -174,7 +184,7 @@ def report(found: dict[str, list[Trained]], seconds: Mapping[str, float]) -> str
             f"`python -m benchmarks.trained_window`, {date.today()}, {processor()}, "
             f"{torch.get_num_threads()} threads, torch {torch.__version__}.",
             "",
-            f"The embedded world's base has {layers} layers. SFT trains all; RM, DPO and PPO those of the row. Mean "
+            f"The embedded world's base has {depth} layers. SFT trains all; RM, DPO and PPO those of the row. Mean "
             f"over {seeds} seed{'s' * (seeds > 1)} (lowest to highest); gold scores are changes from SFT, with "
             f"{SAMPLES} samples of each of the held-out prompts.",
             "",

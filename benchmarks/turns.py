@@ -68,10 +68,16 @@ class Probed:
 
 
 def options(
-    name: str, description: str | None, *, task: bool = True, model: bool = True, turns: bool = True
+    name: str,
+    description: str | None,
+    *,
+    task: bool = True,
+    model: bool = True,
+    turns: bool = True,
+    judged: bool = False,
 ) -> argparse.Namespace:
     """The command line of a benchmark: `task` where it is the PPO task, whose length can be chosen; `model` where the
-    model can be; `turns` where all of it runs several times."""
+    model can be; `turns` where all of it runs several times; `judged` where there is no table without rewards."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,
@@ -119,6 +125,8 @@ def options(
     chosen.dtype = chosen.dtype or cpu_dtype()
     if task and chosen.iterations < 2:
         parser.error("--iterations: the first is not timed, so at least 2")
+    if judged and chosen.snapshots < 1:
+        parser.error("--snapshots: this table is of rewards, so at least 1")
     chosen.cache = chosen.cache.resolve()
     return chosen
 

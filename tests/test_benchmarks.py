@@ -24,13 +24,13 @@ from benchmarks import (
     ppo_vs_trl,
     rollouts,
     stages,
-    trained_window_model,
+    trained_window_pretrained,
     turns,
 )
 from benchmarks.ppo_task import Verdict
 from benchmarks.ppo_turns import Failure, Run, table
 from benchmarks.trained_window import WINDOWS
-from benchmarks.trained_window_model import Window
+from benchmarks.trained_window_pretrained import Window
 from benchmarks.turns import Contestant, error_line, spread
 from rlhf_recipes.config import compose
 
@@ -101,7 +101,7 @@ def test_a_windows_reward_after_equal_time_is_that_of_the_default_window_in_all_
     seconds = dict.fromkeys(WINDOWS, 32.0) | {"all": 64.0, "upper sixth": 16.0}
     found = {name: Window([0.9], [Verdict(1.0, 0.5)], [made(step)]) for name, step in seconds.items()}
 
-    lines = trained_window_model.table(found, 8, depth=30)
+    lines = trained_window_pretrained.table(found, 8, depth=30)
     columns, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in (lines[0], *lines[2:]))
     cells = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
 

@@ -1,8 +1,8 @@
-"""Which layers RM, DPO and PPO need to train, on a pretrained model: writes benchmarks/results/trained_window_model.md.
+"""Which layers RM, DPO and PPO need to train, on a pretrained model.
 
-    python -m benchmarks.trained_window_model [--model <folder or hub id>] [--dtype float32]
+    python -m benchmarks.trained_window_pretrained [--model <folder or hub id>] [--dtype float32]
 
-The windows of benchmarks.trained_window on the task of benchmarks.ppo_vs_llamafactory. PPO is given the same reward in
+Writes benchmarks/results/trained_window_pretrained.md. The windows of benchmarks.trained_window on the task of benchmarks.ppo_vs_llamafactory. PPO is given the same reward in
 every row, that of a reward model whose own window is the upper sixth, so that it stands on every row's trunk; all
 policies are judged by another one.
 """
@@ -17,11 +17,11 @@ from statistics import fmean
 
 from benchmarks import ppo_task
 from benchmarks.ppo_task import EPISODES, Task, Verdict, train_on_rankings
-from benchmarks.ppo_turns import Failure, Run, compete, ours, task_line
-from benchmarks.trained_window import DEFAULT, WINDOWS
-from benchmarks.turns import header, options, spread, write
+from benchmarks.ppo_turns import Failure, Run, compete, ours, publish, task_line
+from benchmarks.trained_window import DEFAULT, WINDOWS, layers, span
+from benchmarks.turns import header, options, spread
 
-NAME = "trained_window_model"
+NAME = "trained_window_pretrained"
 REWARD = "upper sixth"
 
 
@@ -37,7 +37,7 @@ class Window:
 def main() -> None:
     """Train everything in every window, judge it, and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    chosen = options(NAME, __doc__)
+    chosen = options(NAME, __doc__, judged=True)
     task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
     runs = chosen.cache / "runs" / NAME / chosen.dtype
     trained = {
@@ -51,7 +51,6 @@ def main() -> None:
     contestants = [ours(task, chosen.iterations, window, *layers(window), reward) for window in WINDOWS]
     ppo = compete(contestants, task, chosen, NAME)
     judge = ppo_task.Judge(task)
-    start = judge.verdict(None).reward
     found = {
         window: Window(
             accuracy=[json.loads((made / "metrics.json").read_text())["accuracy"][0] for made in trained["rm"][window]],
@@ -62,13 +61,11 @@ def main() -> None:
     }
     depth = json.loads((task.base / "config.json").read_text())["num_hidden_layers"]
     head = header("Which layers to train", NAME, chosen, found[DEFAULT].ppo[0])
-    write(NAME, [*head, *table(found, chosen.iterations, depth), "", *notes(chosen, start, depth)], chosen.dtype)
-
-
-def layers(window: str) -> list[str]:
-    """The overrides of a window."""
-    trunk, frozen_top = WINDOWS[window]
-    return [f"trunk={trunk}", f"frozen_top={frozen_top}"]
+    publish(
+        NAME,
+        [*head, *table(found, chosen.iterations, depth), "", *notes(chosen, found[DEFAULT].ppo[0].rewards[0], depth)],
+        chosen,
+    )
 
 
 def stage_of(stage: str, task: Task, runs: Path, window: str, seed: int, resume: bool) -> Path:
@@ -99,7 +96,6 @@ def table(found: Mapping[str, Window], iterations: int, depth: int) -> list[str]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     default = found[DEFAULT].ppo
     for name, window in found.items():
-        trunk, frozen_top = (int(share * depth) for share in WINDOWS[name])
         seconds = [run.seconds_per_episode for run in window.ppo]
         ratio = fmean(seconds) / fmean(run.seconds_per_episode for run in default)
         equal_time = [
@@ -107,7 +103,7 @@ def table(found: Mapping[str, Window], iterations: int, depth: int) -> list[str]
             for run, other in zip(window.ppo, default, strict=True)
         ]
         cells = [
-            f"{trunk + 1} to {depth - frozen_top}",
+            span(name, depth),
             spread(window.accuracy, 3),
             spread([verdict.reward for verdict in window.dpo], 2),
             spread([verdict.kl for verdict in window.dpo], 1),
