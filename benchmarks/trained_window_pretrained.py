@@ -2,9 +2,9 @@
 
     python -m benchmarks.trained_window_pretrained [--model <folder or hub id>] [--dtype float32]
 
-Writes benchmarks/results/trained_window_pretrained.md. The windows of benchmarks.trained_window on the task of benchmarks.ppo_vs_llamafactory. PPO is given the same reward in
-every row, that of a reward model whose own window is the upper sixth, so that it stands on every row's trunk; all
-policies are judged by another one.
+Writes benchmarks/results/trained_window_pretrained.md: the windows of benchmarks.trained_window on the task of
+benchmarks.ppo_vs_llamafactory. PPO is given the same reward in every row, that of a reward model whose own window is
+the upper sixth, so that it stands on every row's trunk; all policies are judged by another one.
 """
 
 import json
