@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import (
     gpu_cards,
+    growth,
     overhead,
     padding,
     ppo_rewards,
@@ -245,6 +246,25 @@ def test_a_report_names_its_dtype(chosen: argparse.Namespace) -> None:
     assert text.startswith(f"# Title, in {short}\n") and f"--dtype {chosen.dtype}`, Model in {short}," in text
     assert f"| stage | in {short} |" in text and f"| micro-batches, {short} |" in text
     assert other not in text
+
+
+def test_growth_is_told_by_the_token_and_drawn(tmp_path: Path) -> None:
+    def cost(rows: int, length: int, anonymous: int) -> growth.Cost:
+        return growth.Cost(rows, length, turns.Probed([9.0, 10.0, 12.0, 13.0], 0, anonymous, {}, 1))
+
+    by_length = [cost(1, 128, 100), cost(1, 2048, 100 + 960)]
+    by_rows = [cost(1, 256, 150), cost(2, 256, 260)]
+    lines = growth.report(by_length, by_rows, "growth.svg")
+    growth.draw(by_length, by_rows, tmp_path / "growth.svg")
+
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][1:]
+    # a second for two micro-batches, the float32 logits of 50,000 words
+    assert cells[0] == ["1 x 128", "100", "", "24", "3.9"]
+    assert cells[1][:4] == ["1 x 2048", "1,060", "960", "390"]
+    assert cells[3] == ["2 x 256", "260", "110", "97", "1.0"]
+    assert any("grows by 0.50 MB a token" in line for line in lines)
+    picture = (tmp_path / "growth.svg").read_text()
+    assert "tokens of a micro-batch" in picture and "sequences of a micro-batch" in picture
 
 
 def test_probe_notes_iterations_and_memory_of_a_program(tmp_path: Path) -> None:
