@@ -6,6 +6,7 @@ prompts by that same reward model.
 """
 
 import json
+import logging
 import random
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 Conversation = list[dict[str, str]]
 
@@ -284,7 +287,9 @@ class Judge:
             )
             scores = self.classifier(input_ids=sequences, attention_mask=sequences != self.pad).logits
             kl = [self._kl(some) for some in sequences.split(EPISODES)]
-        return Verdict(float(scores.float().mean()), float(torch.cat(kl).mean()))
+        verdict = Verdict(float(scores.float().mean()), float(torch.cat(kl).mean()))
+        logger.info("%s: reward %.2f, KL %.2f nats", adapter or "the base", verdict.reward, verdict.kl)
+        return verdict
 
     def _kl(self, sequences: Any) -> Any:
         """KL of some answers (b,), estimated on the tokens that were sampled (k3), which is never negative."""
