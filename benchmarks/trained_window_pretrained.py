@@ -126,9 +126,10 @@ def notes(chosen: Namespace, start: float, depth: int) -> list[str]:
     return [
         task_line(chosen),
         f"- The model has {depth} layers. There is no SFT stage; RM, DPO and PPO train those of the row.",
-        f"- PPO's reward is that of the reward model of `{REWARD}` in every row. *Reward* is that of the task's own "
-        f"reward model, which no row trains against, of {ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} "
-        f"samples each; the base has {start:.2f}. *KL* is that to the base, in nats an answer.",
+        f"- PPO is given another reward in its stead, that of the reward model of `{REWARD}`, in every row. *Reward* "
+        "is that of the task's reward model, which no row trains against, of "
+        f"{ppo_task.HELD_OUT} held-out prompts with {ppo_task.SAMPLES} samples each; the base has {start:.2f}. *KL* is "
+        "that to the base, in nats an answer.",
         f"- *Equal time* is that of `{DEFAULT}` for all its episodes; between snapshots the reward is read off a line, "
         "and a faster row has no more than its own episodes.",
     ]
