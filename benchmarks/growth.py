@@ -3,7 +3,7 @@
     python -m benchmarks.growth
 
 On a small model with random weights and a vocabulary of 50,000, where logits over a whole text would be most of the
-memory: the recipe with its default trunk, all texts of one length, the last quarter the answer. On the CPU; about 15
+memory: the recipe with its default trunk, all texts of one length, the last quarter the answer. On the CPU; about five
 minutes.
 """
 
