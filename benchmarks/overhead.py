@@ -82,6 +82,7 @@ def table(stage: str, rows: dict[str, list[Row]]) -> list[str]:
 NOTES = [
     "- The rows, lengths and micro-batches of benchmarks/results/stages.md, without checkpointing; LoRA r=16.",
     "- Mean over the turns (lowest to highest). In RM and DPO the default trunk leaves the lower layers alone.",
+    "- Ours also evaluates held-out rows and samples answers, which the script does not; the peak includes that.",
 ]
 
 
