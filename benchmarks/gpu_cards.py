@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, dataclass
 from datetime import date
 from pathlib import Path
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("sft", "rm", "dpo", "ppo")
 STEPS = {"sft": 3, "rm": 3, "dpo": 3, "ppo": 2}  # optimizer steps; of PPO, iterations: the first is not timed
+ROOM = 76  # GB of the real card that cells which run together may take
 QWEN_14B = "qwen2.5-14b"  # for which there is no preset
 PRESETS = ("qwen2.5-0.5b", "llama3.2-1b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "llama3.1-8b")
 TINY = "tiny"
@@ -43,7 +45,7 @@ ROWS = 300  # of data: more than two rollout batches of 128 prompts
 
 @dataclass(frozen=True)
 class Cell:
-    """A stage on a model under a cap: `card` in GB, 0 for none."""
+    """A stage on a model under a cap: `card` in GB, 0 for none. What is `timed` has the card to itself, and runs on."""
 
     stage: str
     model: str
@@ -51,6 +53,12 @@ class Cell:
     prompt: int
     answer: int
     card: int
+    timed: bool = True
+
+    @property
+    def run(self) -> str:
+        """Of the same model under the same cap: PPO takes the reward model that is trained before it."""
+        return f"{self.model}-{self.base}-{self.prompt}-{self.answer}-{self.card}-{'timed' if self.timed else 'peaks'}"
 
     def arguments(self, folder: Path) -> list[str]:
         """The command line of the recipe."""
@@ -58,13 +66,13 @@ class Cell:
         part = {"sft": "sft", "ppo": "prompts"}.get(self.stage, "preferences")
         data = folder / f"{part}{self.prompt if part == 'prompts' else length}.jsonl"
         given = [
-            *([f"hardware={self.card}gb"] if self.card else ["hardware=cpu"]),
+            *([f"hardware={max(self.card, 8)}gb"] if self.card else ["hardware=cpu"]),
             f"quantization={'nf4' if self.base == 'nf4' else 'none'}",
             f"model.name_or_path={folder / self.model}",
             f"model.dtype={'auto' if self.base == 'nf4' else self.base}",
             *(["start=model"] if self.stage != "sft" else []),
             f"runs_dir={folder / 'runs'}",
-            "run=cards",
+            f"run={self.run}",
             "overwrite=true",
             "data=files",
             "data.heldout=2",
@@ -75,11 +83,10 @@ class Cell:
         if not self.card:  # to try this program itself
             given += ["training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"]
         if self.stage != "ppo":
-            return [*given, f"training.max_length={length}", f"training.max_steps={STEPS[self.stage]}"]
+            steps = STEPS[self.stage] if self.timed else 2  # the second has the optimizer's states
+            return [*given, f"training.max_length={length}", f"training.max_steps={steps}"]
         given += [] if self.card else ["training.steps_per_generation=2"]
         given += [
-            "reward=function",
-            f"reward.functions=[{folder / 'reward.py'}:length]",
             f"training.max_completion_length={self.answer}",
             f"training.generation_kwargs={{min_new_tokens: {self.answer}}}",
             "training.value_warmup_max_iterations=0",
@@ -87,14 +94,18 @@ class Cell:
             "training.eval_strategy=no",
             "training.load_best_model_at_end=false",
         ]
-        return [*given, f"training.max_steps={STEPS['ppo'] * self.steps_per_iteration(given)}"]
+        if not self.timed:
+            given.append("training.num_iterations=1")
+        iterations = STEPS["ppo"] if self.timed else 1
+        return [*given, f"training.max_steps={iterations * self.steps_per_iteration(given)}"]
 
     def steps_per_iteration(self, overrides: Sequence[str]) -> int:
         """Optimizer steps of what is timed: one, or those that a rollout batch serves."""
         if self.stage != "ppo":
             return 1
         training = compose("ppo", overrides).training
-        return int(2 * training.steps_per_generation // training.gradient_accumulation_steps)
+        passes = 2 if self.timed else 1
+        return int(passes * training.steps_per_generation // training.gradient_accumulation_steps)
 
     def tokens(self, overrides: Sequence[str]) -> int:
         """Of the rows of what is timed, each token counted once."""
@@ -122,16 +133,15 @@ def main() -> None:
         write_data(folder, prompt + answer, answer, ROWS)
     for model in chosen.models:
         write_shape(model, folder / model)
-    finished = read(folder)
+    finished = {cell for cell, result in read(folder).items() if "failed" not in result}
     cells = list(asked(chosen))
-    for cell in cells:
-        if astuple(cell) not in finished:
-            result = measure(cell, folder, chosen.device)
-            finished[astuple(cell)] = result
-            if "failed" not in result:  # of something else than memory: to be tried again
-                with (folder / "cells.jsonl").open("a") as file:
-                    file.write(json.dumps(asdict(cell) | {"result": result}) + "\n")
-    lines = report(cells, finished, chosen.device)
+    for _, of_card in itertools.groupby(cells, key=lambda cell: cell.card):
+        runs = [list(stages) for _, stages in itertools.groupby(of_card, key=lambda cell: cell.run)]
+        side_by_side = ROOM // runs[0][0].card if chosen.together else 1
+        with ThreadPoolExecutor(side_by_side) as pool:
+            for stages in runs:
+                pool.submit(measure_all, [cell for cell in stages if astuple(cell) not in finished], folder, chosen)
+    lines = report(cells, read(folder), chosen.device)
     if chosen.device == "cuda":
         write("gpu_cards", lines)
     else:
@@ -149,6 +159,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--cards", nargs="+", type=int, default=[8, 12, 16, 24], choices=[8, 12, 16, 24], help="GB")
     parser.add_argument("--bases", nargs="+", default=["nf4"], choices=["nf4", "bfloat16", "float32"])
     parser.add_argument("--lengths", nargs="+", type=lengths, default=[(512, 256), (1024, 512)], help="prompt+answer")
+    parser.add_argument("--together", action="store_true", help="several cells at once: peaks hold, none is timed")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: without a cap, for a trial")
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".bench" / "gpu_cards", help="what is kept")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -168,7 +179,7 @@ def asked(chosen: argparse.Namespace) -> Iterator[Cell]:
     cards = chosen.cards if chosen.device == "cuda" else [0]
     order = itertools.product(cards, chosen.models, chosen.bases, chosen.lengths, chosen.stages)
     for card, model, base, (prompt, answer), stage in order:
-        yield Cell(stage, model, base, prompt, answer, card)
+        yield Cell(stage, model, base, prompt, answer, card, timed=not chosen.together)
 
 
 def write_shape(model: str, folder: Path) -> None:
@@ -200,15 +211,20 @@ def read(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------- one cell
 
 
-def measure(cell: Cell, folder: Path, device: str) -> dict[str, Any]:
-    """Run a cell in a process of its own, and predict it here."""
-    from rlhf_recipes.plan.stages import plan
+def measure_all(cells: Sequence[Cell], folder: Path, chosen: argparse.Namespace) -> None:
+    """Run the stages of a run one after the other, each in a process of its own, and keep what came out."""
+    for cell in cells:
+        result = measure(cell, folder, chosen.device)
+        logger.info("%s: %s", cell, result)
+        with (folder / "cells.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(cell) | {"result": result}) + "\n")
 
-    logger.info("%s", cell)
-    overrides = cell.arguments(folder)
-    found = plan(cell.stage, compose(cell.stage, overrides), prompt_length=cell.prompt, device=device)
-    result: dict[str, Any] = {"planned": found.peak, "planned_phase": found.phase, "tokens": cell.tokens(overrides)}
-    written = folder / "cell.json"
+
+def measure(cell: Cell, folder: Path, device: str) -> dict[str, Any]:
+    """Run a cell in a process of its own; it predicts itself, too."""
+    here = folder / "cells" / f"{cell.run}-{cell.stage}"
+    here.mkdir(parents=True, exist_ok=True)
+    written = here / "cell.json"
     written.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_cards", "--cell", json.dumps(asdict(cell))]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
@@ -217,23 +233,36 @@ def measure(cell: Cell, folder: Path, device: str) -> dict[str, Any]:
         cwd=REPOSITORY, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     log = done.stdout + done.stderr
-    (folder / "cell.log").write_text(log)
-    if written.exists() and not done.returncode:
-        return result | json.loads(written.read_text()) | {"halved": "out of GPU memory" in log}
+    (here / "cell.log").write_text(log)
+    result = json.loads(written.read_text()) if written.exists() else {}
+    if not done.returncode:
+        return result | {"halved": "out of GPU memory" in log}
     if "out of GPU memory" in log or "OutOfMemoryError" in log:
         return result | {"out_of_memory": True}
     reason = error_line(log) or (log.strip().splitlines() or ["no output"])[-1]
-    logger.warning("failed: %s", reason)
     return result | {"failed": reason}
 
 
 def run(cell: Cell, folder: Path, device: str) -> None:
-    """The recipe on random weights, in this process; writes peak memory in bytes and seconds to cell.json."""
+    """Predict, then run, the recipe on random weights in this process; writes bytes and seconds to cell.json."""
     import torch
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from rlhf_recipes import PPOTrainer, evaluation, models  # noqa: F401 (imported before memory is looked at)
+    from rlhf_recipes.plan.stages import plan
 
+    overrides = cell.arguments(folder)
+    found = plan(cell.stage, compose(cell.stage, overrides), prompt_length=cell.prompt, device=device)
+    figures: dict[str, Any] = {
+        "planned": found.peak,
+        "planned_phase": found.phase,
+        "tokens": cell.tokens(overrides),
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else f"{processor()}, without a cap",
+        "date": str(date.today()),
+        "versions": versions(),
+    }
+    written = folder / "cells" / f"{cell.run}-{cell.stage}" / "cell.json"
+    written.write_text(json.dumps(figures))
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (cell.card - CONTEXT) * 2**30 / total))
@@ -249,16 +278,16 @@ def run(cell: Cell, folder: Path, device: str) -> None:
 
     register_optimizer_step_post_hook(note)
     before, anonymous = memory("RssAnon"), AnonymousPeak()
-    overrides = cell.arguments(folder)
     sys.argv = [f"recipes.{cell.stage}", *overrides]
     recipe.main()
-    ended = ended[cell.steps_per_iteration(overrides) - 1 :: cell.steps_per_iteration(overrides)]
-    figures = {"seconds": median(after - earlier for earlier, after in itertools.pairwise(ended))}
+    if cell.timed:
+        ended = ended[cell.steps_per_iteration(overrides) - 1 :: cell.steps_per_iteration(overrides)]
+        figures["seconds"] = median(after - earlier for earlier, after in itertools.pairwise(ended))
     if device == "cuda":
         figures |= {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     else:
         figures |= {"peak": (anonymous.peak - before) * 2**20}
-    (folder / "cell.json").write_text(json.dumps(figures))
+    written.write_text(json.dumps(figures))
 
 
 class RandomWeights:
@@ -276,6 +305,7 @@ class RandomWeights:
             empty = self.auto.from_config(config, dtype=dtype)
         made: dict[Any, Any] = {}
         for shape in {parameter.shape for parameter in empty.parameters()}:
+            torch.manual_seed(0)  # every stage of a run has the same base
             made[shape] = torch.ones(shape, dtype=dtype) if len(shape) == 1 else torch.randn(shape, dtype=dtype) * 0.02
         state = {name: made[parameter.shape] for name, parameter in empty.named_parameters()}
         if torch.cuda.is_available():
@@ -330,7 +360,7 @@ def row(cell: Cell, result: dict[str, Any]) -> list[str]:
         f"{result['peak'] / 2**30:.2f}" if measured else "-",
         f"{result['planned'] / 2**30:.2f}",
         "-" if limit is None else "yes" if result["planned"] <= limit else "no",
-        f"{result['tokens'] / result['seconds']:,.0f}" if measured else "-",
+        f"{result['tokens'] / result['seconds']:,.0f}" if "seconds" in result else "-",
     ]
 
 

@@ -1,9 +1,10 @@
-"""What it saves to train on micro-batches of like length: writes benchmarks/results/padding.md.
+"""What it saves to mind the lengths of texts: writes benchmarks/results/padding.md.
 
     python -m benchmarks.padding [--model <folder or hub id>] [--dtype float32]
 
-PPO on prompts whose lengths spread as those of real data do, with and without the sorting of `ppo/rollout.py`; in
-turns, each in a process of its own.
+PPO on prompts whose lengths spread as those of real data do: with and without micro-batches of like length
+(`ppo/rollout.py`), and with and without reading the prompts by chunks (`portions.py`); in turns, each in a process of
+its own.
 """
 
 import json
@@ -22,11 +23,14 @@ from benchmarks.turns import DTYPES, Contestant, base_in, header, options, probe
 
 EPISODES, MICRO_BATCH, ITERATIONS, COMPLETION = 32, 4, 5, 32
 MEDIAN, SIGMA, LONGEST = 60, 0.8, 300  # of the log-normal lengths of prompts, in tokens
+PADDED, SORTED, CHUNKS = "padded", "by length", "by length, prompts by chunks"
 NOTES = [
     f"- PPO, {EPISODES} episodes an iteration in micro-batches of {MICRO_BATCH}, two passes, default trunk, no",
     f"  checkpointing. Prompts are log-normal in length: median {MEDIAN} tokens, sigma {SIGMA}, at most {LONGEST};",
     f"  completions have up to {COMPLETION}.",
     "- *Padded* is what TRL does: every episode as wide as the longest prompt and completion of the batch.",
+    "- *Chunks*: `generate` reads prompts of more than 1,024 tokens in all a part at a time, as ours does on a CPU;",
+    "  in the other rows it reads them at once, with the activations of all their tokens.",
     "- Time of a whole iteration, generation included, which padding makes slower in both.",
 ]
 
@@ -41,17 +45,17 @@ def main() -> None:
     chosen.model = base_in(chosen)
     prompts, runs = chosen.cache / "padding.jsonl", chosen.cache / "runs" / "padding" / chosen.dtype
     write_prompts(prompts, chosen.model)
-    rows: dict[str, list[Row]] = {"padded": [], "by length": []}
+    rows: dict[str, list[Row]] = {PADDED: [], SORTED: [], CHUNKS: []}
     for turn in range(chosen.turns):
         for name, turns in rows.items():
             run = probe(contestant(name, chosen, prompts), runs / str(turn))
             turns.append(Row("ppo", name, run))
-    head = header("Micro-batches of like length", "padding", chosen, rows["padded"][0].cost)
+    head = header("Micro-batches of like length, prompts by chunks", "padding", chosen, rows[PADDED][0].cost)
     write("padding", [*head, *table(rows, chosen.dtype), "", *NOTES], chosen.dtype)
 
 
 def contestant(name: str, chosen: Namespace, prompts: Path) -> Contestant:
-    """PPO by its recipe, with or without the sorting."""
+    """PPO by its recipe, with or without the sorting and the chunks."""
     training = stages.training("ppo", checkpointing=False) | {
         "max_steps": 2 * ITERATIONS,
         "per_device_train_batch_size": MICRO_BATCH,
@@ -66,8 +70,11 @@ def contestant(name: str, chosen: Namespace, prompts: Path) -> Contestant:
         *(f"training.{key}={json.dumps(value)}" for key, value in training.items()),
     ]
 
+    if name != CHUNKS:
+        overrides.append("training.generation_kwargs={prefill_chunk_size: null}")
+
     def program(folder: Path, seed: int) -> Sequence[str]:
-        module = ["benchmarks.padding", "padded"] if name == "padded" else ["recipes.ppo"]
+        module = ["benchmarks.padding", "padded"] if name == PADDED else ["recipes.ppo"]
         return ["-m", *module, f"runs_dir={folder / 'runs'}", "run=padding", f"seed={seed}", *overrides]
 
     return Contestant(name, Path(sys.executable), stages.IMPORTS, program, rival=False, steps=2)
@@ -102,7 +109,7 @@ def write_prompts(file: Path, model: str) -> None:
 def table(rows: dict[str, list[Row]], dtype: str) -> list[str]:
     """A line each, with the ratio to the padded one."""
     lines = [f"| micro-batches, {DTYPES[dtype]} | s / iteration | | peak anonymous, MB | |", "|---" * 5 + "|"]
-    first = rows["padded"]
+    first = rows[PADDED]
     seconds, memory = fmean(r.seconds for r in first), median(r.cost.anonymous for r in first)
     for name, turns in rows.items():
         own, peak = [row.seconds for row in turns], [float(row.cost.anonymous) for row in turns]

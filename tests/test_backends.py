@@ -1,4 +1,4 @@
-"""Rollouts by continuous batching and by vLLM: completions of the policy, and no bit of a weight changed for them."""
+"""Rollouts by CUDA graphs, continuous batching and vLLM: the policy's completions, and no bit of a weight changed."""
 
 # ruff: noqa: F811 (fixtures of another module)
 import time
@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_ppo import count_w3, history, make_trainer, moved, reward_adapter, weights  # noqa: F401
+from transformers import StaticCache
 from transformers.generation import ContinuousBatchingConfig, ContinuousBatchingManager
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import selective_log_softmax
 
@@ -26,6 +28,55 @@ def everything(trainer):
     """All weights that the model and the heads hold, copied."""
     held = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     return held | weights(trainer, POLICY, VALUE)
+
+
+# ---- CUDA graphs
+
+
+def test_each_decoding_step_but_the_first_is_a_replay_and_samples_the_same(make_trainer, monkeypatch):
+    """A stand-in takes the place of the graph alone: it notes the step, and runs it on the same tensors each time."""
+    replays = []
+
+    def capture(step):
+        outputs = CausalLMOutputWithPast(logits=torch.empty(0))
+
+        def replay():
+            replays.append(1)
+            for key, value in step().items():
+                outputs[key] = value
+
+        return replay, outputs
+
+    trainer = make_trainer(max_completion_length=6, generation_kwargs={"min_new_tokens": 6}, rollout_batch_size=5)
+
+    def sampled():
+        torch.manual_seed(0)
+        return trainer._generate_single_turn(PROMPTS, None, {}, 1)[0]
+
+    wanted = sampled()
+    monkeypatch.setattr(backends, "capture", capture)
+    trainer.args.cuda_graphs = True
+    assert sampled() == wanted
+    assert len(replays) == 2 * 4, "of two chunks; the prompts give the first token, a step as usual the second"
+    trainer.args.cuda_graphs = False
+    assert sampled() == wanted and len(replays) == 8, "nothing of it stays on the model"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_captured_step_gives_the_logits_of_the_model(tiny_policy):
+    model = tiny_policy().cuda().eval().get_base_model()
+    step = backends.DecodingStep(model)
+    ids = torch.randint(5, 90, (3, 9), device="cuda")
+    with torch.no_grad():
+        cache = StaticCache(config=model.config, max_cache_len=9)
+        mask = torch.ones(9, 9, dtype=torch.bool, device="cuda").tril()
+        for place in range(9):
+            position = torch.full((3, 1), place, device="cuda")
+            seen = mask[place].expand(3, 1, 1, 9).contiguous()
+            given = {"input_ids": ids[:, place : place + 1], "position_ids": position, "attention_mask": seen}
+            got = step(cache=cache, use_cache=True, **given).logits[:, 0].clone()
+            torch.testing.assert_close(got, model(input_ids=ids[:, : place + 1]).logits[:, -1], rtol=1e-3, atol=1e-4)
 
 
 # ---- continuous batching
@@ -258,6 +309,12 @@ def test_rollouts_that_cannot_work_are_refused_by_the_command_line(overrides, fa
     [
         ({"use_vllm": True}, "vLLM is not installed"),
         ({**PAGED, "use_vllm": True}, "exclude each other"),
+        ({**PAGED, "cuda_graphs": True}, "cuda_graphs and use_transformers_continuous_batching exclude each other"),
+        pytest.param(
+            {"cuda_graphs": True},
+            "needs a CUDA GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         ({**PAGED, "repetition_penalty": 1.1}, "repetition_penalty is left out by continuous batching"),
     ],
 )

@@ -175,7 +175,7 @@ def test_a_recipe_is_told_the_dtype(chosen: argparse.Namespace, task: ppo_task.T
         ppo_turns.ours(task, 2, "ours"),
         stages.contestant(chosen, tmp_path, "rm", False),
         overhead.ours(chosen, tmp_path, "sft"),
-        padding.contestant("padded", chosen, tmp_path),
+        padding.contestant(padding.PADDED, chosen, tmp_path),
     ):
         assert f"model.dtype={chosen.dtype}" in contestant.program(tmp_path, 0)
 
@@ -238,7 +238,7 @@ def test_a_report_names_its_dtype(chosen: argparse.Namespace) -> None:
         [
             *turns.header("Title", "stages", chosen, cost),
             *stages.table([stages.Row("sft", "", cost)], chosen.dtype),
-            *padding.table({"padded": [stages.Row("ppo", "", cost)]}, chosen.dtype),
+            *padding.table({padding.PADDED: [stages.Row("ppo", "", cost)]}, chosen.dtype),
             *(stages.NOTES + overhead.NOTES + padding.NOTES),
         ]
     )
@@ -339,7 +339,7 @@ def test_a_cell_that_ran_out_of_memory_stays_in_the_table_without_figures() -> N
     cells = [gpu_cards.Cell(stage, "qwen2.5-7b", "nf4", 512, 256, card=8) for stage in gpu_cards.STAGES]
     results = [
         {"planned": 5 * 2**30, "tokens": 1536, "peak": 4 * 2**30, "seconds": 3.0, "halved": False},
-        {"planned": 5 * 2**30, "tokens": 1536, "peak": 4 * 2**30, "seconds": 3.0, "halved": True},
+        {"planned": 5 * 2**30, "tokens": 1536, "peak": 4 * 2**30, "halved": True},
         {"planned": 9 * 2**30, "tokens": 1536, "out_of_memory": True},
         {"planned": 5 * 2**30, "tokens": 1536, "failed": "ValueError: a | b"},
     ]
@@ -348,7 +348,7 @@ def test_a_cell_that_ran_out_of_memory_stays_in_the_table_without_figures() -> N
 
     assert rows == [
         ["sft", "yes", "4.00", "5.00", "yes", "512"],
-        ["rm", "halved", "4.00", "5.00", "yes", "512"],
+        ["rm", "halved", "4.00", "5.00", "yes", "-"],
         ["dpo", "no", "-", "9.00", "no", "-"],
         ["ppo", "failed: ValueError: a / b", "-", "5.00", "yes", "-"],
     ]

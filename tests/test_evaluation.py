@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf_recipes import data, evaluation
+from rlhf_recipes import data, evaluation, portions
 from rlhf_recipes.config import compose
 from rlhf_recipes.evaluation import Interval, Sample, interval, kl, rewards, sample, summarize
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Roles
@@ -201,6 +201,30 @@ def test_rewards_are_the_scores_of_the_unpadded_rows(roles, tokenizer):
             wanted.append(roles.heads[REWARD](hidden).item())
     assert rewards(roles, tokenizer, made, 3) == pytest.approx(wanted, rel=1e-4)
     assert roles.model.active_adapter == POLICY
+
+
+def test_what_goes_through_at_once_changes_no_figure(roles, tokenizer, monkeypatch):
+    """Samples whose prompts are read by chunks, and KL and rewards row by row."""
+    made = draw(roles, tokenizer, batch_size=4)
+    wanted = kl(roles, tokenizer, made, 8, policy=POLICY, reference=REFERENCE), rewards(roles, tokenizer, made, 8)
+    rows = []
+    watched = roles.model.get_base_model().model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    monkeypatch.setitem(portions.TOKENS, "cpu", 8)
+    assert draw(roles, tokenizer, batch_size=4) == made and max(tokens for _, tokens in rows) == 2
+    rows.clear()
+    monkeypatch.setitem(portions.TOKENS, "cpu", 6)
+    again = kl(roles, tokenizer, made, 8, policy=POLICY, reference=REFERENCE), rewards(roles, tokenizer, made, 8)
+    assert {n for n, _ in rows} == {1}
+    rows.clear()
+    monkeypatch.setattr(portions, "LOGITS", 1)
+    monkeypatch.setitem(portions.TOKENS, "cpu", 1024)
+    kl(roles, tokenizer, made, 8, policy=POLICY, reference=REFERENCE)
+    watched.remove()
+    assert {n for n, _ in rows} == {1}
+    for one, other in zip(wanted, again, strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 # ---- before and after, on the embedded world

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from trl import GRPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
-from rlhf_recipes import PPOConfig, PPOTrainer
+from rlhf_recipes import PPOConfig, PPOTrainer, portions
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE
 
@@ -277,6 +277,22 @@ def test_rollouts_in_chunks_have_every_prompt_once_and_in_order(make_trainer, mo
     completions, _ = trainer._generate_single_turn(prompts, None, {}, 1)
     assert [len(chunk) for chunk in seen] == [3, 3, 2] and [ids for chunk in seen for ids in chunk] == prompts
     assert len(completions) == 8
+
+
+def test_long_prompts_are_read_by_chunks_with_the_same_completions(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15], [16, 17, 18, 19, 20]]
+
+    def sampled(tokens_at_once):
+        monkeypatch.setitem(portions.TOKENS, "cpu", tokens_at_once)
+        torch.manual_seed(0)
+        return trainer._generate_single_turn(prompts, None, {}, 1)[0], trainer.generation_config.prefill_chunk_size
+
+    (whole, none), (by_chunks, chunk) = sampled(1024), sampled(8)
+    assert (none, chunk) == (None, 2) and whole == by_chunks
+
+    trainer.generation_kwargs["prefill_chunk_size"] = 3  # what is given stays
+    assert sampled(8) == (whole, 3)
 
 
 def test_nothing_of_a_rollout_batch_is_kept_while_the_next_is_generated(make_trainer):
@@ -569,7 +585,7 @@ def test_all_trained_weights_are_equal_on_two_processes(tmp_path):
         import conftest
         from datasets import Dataset
         from peft import LoraConfig, get_peft_model
-        from rlhf_recipes import PPOConfig, PPOTrainer
+        from rlhf_recipes import PPOConfig, PPOTrainer, portions
         tokenizer = conftest.tokenizer.__wrapped__()
         base = conftest.tiny_llama.__wrapped__()()
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.evaluation.sampling import Sample, by_batches
+from rlhf_recipes.portions import rows_at_once
 from rlhf_recipes.ppo.advantages import kl_estimate
 from rlhf_recipes.roles import REWARD, Episodes, Roles
 
@@ -25,7 +26,7 @@ def rewards(
                 scores.append(scored)
         return roles.combine(role, torch.stack(scores)).tolist()
 
-    return by_batches(made, batch_size, score)
+    return by_batches(made, rows_at_once(batch_size, _longest(made), roles.model.device.type), score)
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def classifier_scores(
         logits = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask).logits
         return logits[:, 0].float().tolist()
 
-    return by_batches(made, batch_size, score)
+    return by_batches(made, rows_at_once(batch_size, _longest(made), model.device.type), score)
 
 
 @torch.no_grad()
@@ -64,7 +65,14 @@ def kl(
                 logps.append(scored[0].float())
         return (kl_estimate(logps[0], logps[1], "k3") * episodes.mask).sum(dim=1).tolist()
 
-    return by_batches(made, batch_size, divergences)
+    vocabulary = roles.model.config.get_text_config().vocab_size
+    answer = max((len(s.completion_ids) for s in made), default=0)
+    rows = rows_at_once(batch_size, _longest(made), roles.model.device.type, logits=answer * vocabulary)
+    return by_batches(made, rows, divergences)
+
+
+def _longest(made: Sequence[Sample]) -> int:
+    return max((len(s.prompt_ids) + len(s.completion_ids) for s in made), default=1)
 
 
 def _episodes(roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample]) -> Episodes:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.data.formats import render_prompt
+from rlhf_recipes.portions import prefill_chunk
 from rlhf_recipes.roles import Episodes
 
 Row = TypeVar("Row")
@@ -61,6 +62,7 @@ def sample(
             eos_token_id=sorted(eos),
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
+            prefill_chunk_size=prefill_chunk(len(batch), padded.input_ids.size(1), model.device.type),
         )
         made = []
         for (prompt, prompt_ids), tokens in zip(batch, sequences[:, padded.input_ids.size(1) :].tolist(), strict=True):

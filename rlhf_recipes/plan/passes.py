@@ -15,6 +15,7 @@ from trl.kernels import chunked_logprob
 from rlhf_recipes.models import keep_gradients_off_inputs
 from rlhf_recipes.plan.dry_run import Meter, dry_run, skeleton, without_data
 from rlhf_recipes.plan.shapes import model_config
+from rlhf_recipes.portions import prefill_chunk, rows_at_once
 from rlhf_recipes.rewards import named_models
 from rlhf_recipes.roles import GUARD, POLICY, REFERENCE, REWARD, VALUE, Roles, member
 
@@ -58,8 +59,8 @@ class Passes:
         self.prompt_length = prompt_length
         self.trained = [POLICY, *[VALUE] * (stage == "ppo" and not args.freeze_value)]
         config = model_config(cfg.model)
-        self.hidden, vocabulary = config.get_text_config().hidden_size, config.get_text_config().vocab_size
-        self.wide = frozenset({vocabulary, vocabulary % TILE, TILE})
+        self.hidden, self.vocabulary = config.get_text_config().hidden_size, config.get_text_config().vocab_size
+        self.wide = frozenset({self.vocabulary, self.vocabulary % TILE, TILE})
         self.model = skeleton(cfg, config, dtype, below + above + top, classifier=stage == "rm")
         with torch.device("meta"):
             self.roles = Roles(self.model, trunk=0)
@@ -115,6 +116,8 @@ class Passes:
         if evaluation.prompts or self.stage == "rm":
             found["samples, prompts"] = lambda: self.read_prompts(evaluation.batch_size)
             found["samples, last token"] = lambda: self.last_token(evaluation.batch_size, evaluation.max_new_tokens)
+        if evaluation.prompts and self.stage != "rm":
+            found["samples, KL"] = lambda: self.score(evaluation.batch_size, evaluation.max_new_tokens)
         return found
 
     # ---- forward and backward
@@ -175,21 +178,34 @@ class Passes:
 
     @torch.no_grad()
     def read_prompts(self, rows: int) -> None:
-        """The first pass of `generate`, which leaves the cache."""
-        self.draw(*self.next_token(*_tokens(rows, self.prompt_length)))
+        """The first pass of `generate`, or the last of those that read the prompts by chunks: the cache is there."""
+        chunk = prefill_chunk(rows, self.prompt_length, self.device) or self.prompt_length
+        self.draw(*self.beyond(rows, self.prompt_length - chunk, chunk))
 
     @torch.no_grad()
     def last_token(self, rows: int, completion: int) -> None:
         """The last pass of `generate`, when the cache is full and each layer's part is copied in turn."""
+        self.draw(*self.beyond(rows, self.prompt_length + completion - 1, 1))
+
+    def beyond(self, rows: int, before: int, new: int) -> tuple[Tensor, Any]:
+        """Logits after `new` tokens that follow on `before` ones in the cache, and the cache."""
+        ids, mask = _tokens(rows, new)
+        cache = None
+        if before:
+            _, cache = self.next_token(ids, mask)
+            for layer in _filled(cache):
+                kept = (layer.keys, layer.values)
+                layer.keys, layer.values = (x.new_empty(*x.shape[:2], before, x.shape[3]) for x in kept)
+            del kept
+            self.meter.restart()
+        return self.next_token(ids, _tokens(rows, before + new)[1], cache)
+
+    @torch.no_grad()
+    def score(self, rows: int, completion: int) -> None:
+        """The pass over samples for their KL, which has logits."""
         length = self.prompt_length + completion
-        ids, mask = _tokens(rows, 1)
-        _, cache = self.next_token(ids, mask)
-        for layer in _filled(cache):
-            kept = (layer.keys, layer.values)
-            layer.keys, layer.values = (x.new_empty(*x.shape[:2], length - 1, x.shape[3]) for x in kept)
-        del kept
-        self.meter.restart()
-        self.draw(*self.next_token(ids, _tokens(rows, length)[1], cache))
+        rows = rows_at_once(rows, length, self.device, logits=completion * self.vocabulary)
+        self.roles.token_logps(*_tokens(rows, length), completion)
 
     def draw(self, logits: Tensor, cache: Any) -> None:
         """A token from logits (rows, vocabulary) as `generate` draws it, with the cache counted apart."""

@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from rlhf_recipes.backoff import back_off, in_chunks, until_it_fits
 from rlhf_recipes.data.formats import render
 from rlhf_recipes.ensembles import Ensemble, spread
 from rlhf_recipes.errors import UserError
+from rlhf_recipes.portions import prefill_chunk
 from rlhf_recipes.ppo.advantages import (
     KLController,
     clipped_value_loss,
@@ -39,7 +40,7 @@ from rlhf_recipes.ppo.advantages import (
     token_rewards,
     whiten,
 )
-from rlhf_recipes.ppo.backends import continuous_batching, merged_weights
+from rlhf_recipes.ppo.backends import continuous_batching, cuda_graphs, merged_weights
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rollout import Rollout
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles
@@ -194,6 +195,12 @@ class PPOTrainer(GRPOTrainer):
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[list[list[int]], Any]:
         generate = super()._generate_single_turn
+
+        def sample(prompt_ids: list[list[int]]) -> list[list[int]]:
+            chunk = prefill_chunk(len(prompt_ids), max(map(len, prompt_ids)), self.accelerator.device.type)
+            self.generation_config.prefill_chunk_size = self.generation_kwargs.get("prefill_chunk_size", chunk)
+            return list(generate(prompt_ids, None, {}, *args, **kwargs)[0])
+
         with self._timed("generate"):
             if self.use_vllm or images or multimodal_fields:
                 return generate(prompt_ids, images, multimodal_fields, *args, **kwargs)
@@ -205,9 +212,8 @@ class PPOTrainer(GRPOTrainer):
                     rows, size, lambda size: continuous_batching(self.model, prompt_ids, *settings, size)
                 )
             else:
-                chunks, fitted = in_chunks(
-                    rows, size, lambda chunk: generate(prompt_ids[chunk], None, {}, *args, **kwargs)[0]
-                )
+                with cuda_graphs(self.model, self.generation_config) if self.args.cuda_graphs else nullcontext():
+                    chunks, fitted = in_chunks(rows, size, lambda chunk: sample(prompt_ids[chunk]))
                 completions = list(itertools.chain(*chunks))
         self._rollout_batch_size = None if fitted >= rows else fitted
         return completions, None
