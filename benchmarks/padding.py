@@ -21,7 +21,7 @@ from benchmarks.ppo_task import write_lines
 from benchmarks.stages import Row
 from benchmarks.turns import DTYPES, Contestant, base_in, header, options, probe, spread, write
 
-EPISODES, MICRO_BATCH, ITERATIONS, COMPLETION = 32, 4, 5, 32
+EPISODES, MICRO_BATCH, ITERATIONS, COMPLETION = 32, 2, 5, 32
 MEDIAN, SIGMA, LONGEST = 60, 0.8, 300  # of the log-normal lengths of prompts, in tokens
 PADDED, SORTED, CHUNKS = "padded", "by length", "by length, prompts by chunks"
 NOTES = [

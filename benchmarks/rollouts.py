@@ -1,6 +1,7 @@
-"""PPO's rollouts by `generate`, continuous batching and vLLM, side by side: writes benchmarks/results/rollouts.md.
+"""PPO's rollouts by every back end, side by side: writes benchmarks/results/rollouts.md.
 
     python -m benchmarks.rollouts [--model <hub id, folder or embedded>] [--prompts 128] [--prompt 512] [--answer 256]
+    python -m benchmarks.rollouts --random qwen2.5-1.5b ...    # weights at random, of a preset's shape
 
 Each row samples the same prompts of random tokens through PPOTrainer, as a run does, in a process of its own; the first
 of the rollout batches is not timed. What continuous batching gains depends on how the answers' lengths differ:
@@ -23,13 +24,16 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
+import torch
+
+from benchmarks.gpu_cards import PRESETS, QWEN_14B, write_shape
 from benchmarks.probe import AnonymousPeak, memory, versions
 from benchmarks.turns import REPOSITORY, cpu_dtype, error_line, processor, write
 from rlhf_recipes.figures import number
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("generate", "continuous_batching", "vllm")
+BACKENDS = ("generate", "cuda_graphs", "continuous_batching", "vllm")
 BASES = ("float32", "bfloat16", "nf4")
 
 
@@ -40,11 +44,13 @@ def main() -> None:
     if chosen.cell:
         print(json.dumps(sampled(chosen, *chosen.cell)))
         return
-    import torch
-
     gpu = torch.cuda.is_available()
     bases = chosen.bases or ["bfloat16" if gpu else cpu_dtype(), "nf4"]
-    rows = [measure(base, backend) for base in bases for backend in chosen.backends]
+    with tempfile.TemporaryDirectory() as folder:
+        if chosen.random:
+            chosen.model = folder
+            write_weights(chosen.random, Path(folder))
+        rows = [measure(chosen, base, backend) for base in bases for backend in chosen.backends]
     device = torch.cuda.get_device_name(0) if gpu else f"{processor()}, {torch.get_num_threads()} threads"
     write("rollouts", [*heading(chosen, device), *table(rows), "", *notes(chosen, gpu)])
 
@@ -55,6 +61,7 @@ def options() -> argparse.Namespace:
         "python -m benchmarks.rollouts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="embedded", help="hub id, folder or embedded (default: %(default)s)")
+    parser.add_argument("--random", choices=[*PRESETS, QWEN_14B], help="instead of a model, the shape of one")
     parser.add_argument("--prompts", type=int, default=128, help="of a rollout batch (default: %(default)s)")
     parser.add_argument("--places", type=int, help="sequences at once, rollout_batch_size (default: all)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt (default: %(default)s)")
@@ -71,13 +78,35 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(base: str, backend: str) -> dict[str, Any]:
+def write_weights(shape: str, folder: Path) -> None:
+    """A model of a preset's shape with random weights, and a tokenizer, in a folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    write_shape(shape, folder)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def measure(chosen: argparse.Namespace, base: str, backend: str) -> dict[str, Any]:
     """A row, in a process of its own; what cannot run says why."""
     row: dict[str, Any] = {"base": base, "rollouts": backend}
     if backend == "vllm" and (base == "nf4" or find_spec("vllm") is None):
         return row | {"why": "not on a quantized base" if base == "nf4" else "not installed"}
+    if backend == "cuda_graphs" and not torch.cuda.is_available():
+        return row | {"why": "on a GPU alone"}
     logger.info("%s, %s ...", base, backend)
-    command = [sys.executable, "-m", "benchmarks.rollouts", *sys.argv[1:], "--cell", base, backend]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.rollouts",
+        *sys.argv[1:],
+        "--model",
+        chosen.model,
+        "--cell",
+        base,
+        backend,
+    ]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
         return row | {"why": f"failed: {error_line(done.stdout + done.stderr) or done.stderr[-200:]}"}
@@ -86,7 +115,6 @@ def measure(base: str, backend: str) -> dict[str, Any]:
 
 def sampled(chosen: argparse.Namespace, base: str, backend: str) -> dict[str, Any]:
     """Tokens per second, lengths and memory of rollout batches, in this process."""
-    import torch
     from datasets import Dataset
 
     from rlhf_recipes import PPOConfig, PPOTrainer, models
@@ -97,14 +125,15 @@ def sampled(chosen: argparse.Namespace, base: str, backend: str) -> dict[str, An
     prompts = Dataset.from_dict({"prompt": ["-"] * chosen.prompts})
     tokenizer = models.load_tokenizer(cfg.model, prompts)
     chance = random.Random(0)
-    words = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
+    vocabulary = models.read_config(cfg.model).get_text_config().vocab_size
+    words = [i for i in range(vocabulary) if i not in tokenizer.all_special_ids]
     ids = [chance.choices(words, k=chosen.prompt - i % (chosen.prompt // 4 + 1)) for i in range(chosen.prompts)]
     with tempfile.TemporaryDirectory() as folder:
         args = build(PPOConfig, cfg.training, output_dir=folder, **models.precision(cfg))
         policy = models.load_policy(cfg, None)
         trainer = PPOTrainer(policy, _no_reward, args, prompts, processing_class=tokenizer)
         if chosen.ends:
-            ends = list(range(tokenizer.eos_token_id % chosen.ends, len(tokenizer), chosen.ends))
+            ends = list(range(tokenizer.eos_token_id % chosen.ends, vocabulary, chosen.ends))
             if backend == "vllm":
                 trainer.vllm_generation.generation_kwargs["stop_token_ids"] = ends
             else:
@@ -153,8 +182,8 @@ def heading(chosen: argparse.Namespace, device: str) -> list[str]:
     return [
         "# Rollouts side by side",
         "",
-        f"`python -m benchmarks.rollouts {given}`, {Path(chosen.model).name}, {date.today()}, {device}, "
-        f"{platform.system()} {platform.machine()}.",
+        f"`python -m benchmarks.rollouts {given}`, {chosen.random or Path(chosen.model).name}, {date.today()}, "
+        f"{device}, {platform.system()} {platform.machine()}.",
         "",
         f"Versions: {packages}.",
         "",

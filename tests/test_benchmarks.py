@@ -288,18 +288,19 @@ def test_probe_notes_iterations_and_memory_of_a_program(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_rollouts_are_measured_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three prompts on the embedded model; vLLM, where it is not installed, has a row that says so."""
-    small = "--bases float32 --backends generate continuous_batching vllm --prompts 3 --prompt 4 --answer 4 --rounds 1"
+    """Three prompts on the embedded model; what cannot run here has a row that says so."""
+    small = "--bases float32 --prompts 3 --prompt 4 --answer 4 --rounds 1"
     monkeypatch.setattr("benchmarks.turns.RESULTS", tmp_path)
     monkeypatch.setattr("benchmarks.rollouts.find_spec", lambda name: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["rollouts", *small.split()])
     rollouts.main()
 
     lines = (tmp_path / "rollouts.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| float32")]
-    assert [row[1] for row in rows] == ["generate", "continuous_batching", "vllm"]
-    assert rows[0][3] == "1.00" and all(float(row[2].replace(",", "")) > 0 for row in rows[:2])
-    assert rows[2][2:] == ["not installed", "-", "-", "-"]
+    assert [row[1] for row in rows] == ["generate", "cuda_graphs", "continuous_batching", "vllm"]
+    assert rows[0][3] == "1.00" and all(float(rows[i][2].replace(",", "")) > 0 for i in (0, 2))
+    assert [rows[i][2:] for i in (1, 3)] == [[why, "-", "-", "-"] for why in ("on a GPU alone", "not installed")]
     assert "embedded" in lines[2] and "torch" in lines[4]
 
 
