@@ -2,7 +2,8 @@
 
 A rollout batch is padded to its longest prompt and its longest completion. Episodes differ in length, and every pass
 over them would pay for the padding: so they are sorted by length once, and each micro-batch is cut to what its own
-longest episode needs. It is scored and trained with the same padding, so the ratio starts at 1 in bf16, too.
+longest episode needs, or a little more: widths are multiples, since kernels and allocators keep memory for each shape
+that they meet. It is scored and trained with the same padding, so the ratio starts at 1 in bf16, too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from rlhf_recipes.roles import Episodes
+
+WIDTHS = 16
+"""Tokens that the widths of micro-batches are multiples of, where TRL's `pad_to_multiple_of` says nothing."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from rlhf_recipes.ppo.advantages import (
 )
 from rlhf_recipes.ppo.backends import continuous_batching, cuda_graphs, merged_weights
 from rlhf_recipes.ppo.config import PPOConfig
-from rlhf_recipes.ppo.rollout import Rollout
+from rlhf_recipes.ppo.rollout import WIDTHS, Rollout
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles
 
 logger = logging.getLogger(__name__)
@@ -228,7 +228,7 @@ class PPOTrainer(GRPOTrainer):
         """Pad as TRL does, compute the trunk once, and score the sampled tokens under policy and reference."""
         pad_id, multiple = self._tokenizer.pad_token_id, self.pad_to_multiple_of
         rollout = Rollout.padded(prompt_ids, completion_ids, pad_id, self.accelerator.device, multiple)
-        rollout.sort(self.args.per_device_train_batch_size, multiple)
+        rollout.sort(self.args.per_device_train_batch_size, multiple or WIDTHS)
         with self._timed("score"), self.accelerator.autocast():
             self._check_trunk(rollout)
             if self.roles.trunk_layers:
