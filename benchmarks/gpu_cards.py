@@ -2,11 +2,13 @@
 
     python -m benchmarks.gpu_cards                                   # everything: hours
     python -m benchmarks.gpu_cards --models qwen2.5-3b --cards 12    # some of it
+    python -m benchmarks.gpu_cards --together                        # peaks alone, as many at once as fit on the card
 
 Weights are random, of the real shape, and really quantized; the recipes run as they are with `hardware=<card>gb`. Each
-cell is a process of its own, so that one that runs out of memory cannot spoil the next; finished ones are kept in
-<cache>/cells.jsonl and are not run again. The cap holds for torch's allocator, fragments included; what CUDA takes
-itself is taken off beforehand, as `make plan` does. Writes benchmarks/results/gpu_cards.md.
+cell is a process of its own, so that one that runs out of memory cannot spoil the next; PPO has the reward model of the
+row above it. Finished ones are kept in <cache>/cells.jsonl and are not run again. The cap holds for torch's allocator,
+fragments included; what CUDA takes itself is taken off beforehand, as `make plan` does. Writes
+benchmarks/results/gpu_cards.md.
 """
 
 import argparse
@@ -36,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("sft", "rm", "dpo", "ppo")
 STEPS = {"sft": 3, "rm": 3, "dpo": 3, "ppo": 2}  # optimizer steps; of PPO, iterations: the first is not timed
-ROOM = 76  # GB of the real card that cells which run together may take
 QWEN_14B = "qwen2.5-14b"  # for which there is no preset
 PRESETS = ("qwen2.5-0.5b", "llama3.2-1b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b", "llama3.1-8b")
 TINY = "tiny"
@@ -135,12 +136,11 @@ def main() -> None:
         write_shape(model, folder / model)
     finished = {cell for cell, result in read(folder).items() if "failed" not in result}
     cells = list(asked(chosen))
-    for _, of_card in itertools.groupby(cells, key=lambda cell: cell.card):
+    left = [cell for cell in cells if astuple(cell) not in finished]
+    for card, of_card in itertools.groupby(left, key=lambda cell: cell.card):
         runs = [list(stages) for _, stages in itertools.groupby(of_card, key=lambda cell: cell.run)]
-        side_by_side = ROOM // runs[0][0].card if chosen.together else 1
-        with ThreadPoolExecutor(side_by_side) as pool:
-            for stages in runs:
-                pool.submit(measure_all, [cell for cell in stages if astuple(cell) not in finished], folder, chosen)
+        with ThreadPoolExecutor(side_by_side(card) if chosen.together else 1) as pool:
+            list(pool.map(lambda stages: measure_all(stages, folder, chosen), runs))
     lines = report(cells, read(folder), chosen.device)
     if chosen.device == "cuda":
         write("gpu_cards", lines)
@@ -209,6 +209,15 @@ def read(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
 
 
 # ---------------------------------------------------------------------------------------------------------- one cell
+
+
+def side_by_side(card: int) -> int:
+    """How many cells under a cap of `card` GB the real card has room for."""
+    import torch
+
+    if not card or not torch.cuda.is_available():
+        return 1
+    return max(int(0.95 * torch.cuda.get_device_properties(0).total_memory / 2**30) // card, 1)
 
 
 def measure_all(cells: Sequence[Cell], folder: Path, chosen: argparse.Namespace) -> None:

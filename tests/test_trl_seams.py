@@ -16,7 +16,7 @@ import trl.trainer.utils
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer
+from transformers import GenerationMixin, PreTrainedModel, Trainer
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousMixin
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer
 from trl.generation.vllm_generation import VLLMGeneration
@@ -69,6 +69,7 @@ ATTRIBUTES = {
     "continuous_batching_config": GRPOTrainer,
     "eos_token_ids": GRPOTrainer,
     "generation_config": GRPOTrainer,
+    "generation_kwargs": GRPOTrainer,
     "num_iterations": GRPOTrainer,
     "pad_to_multiple_of": GRPOTrainer,
     "reward_func_names": GRPOTrainer,
@@ -100,6 +101,8 @@ FUNCTIONS = {
     trl.trainer.utils.split_tensor_dict: "tensor_dict num_chunks",
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model: "module params_and_buffers_to_ignore",
     PreTrainedModel.enable_input_require_grads: "self",
+    PreTrainedModel.get_compiled_call: "self compile_config",  # shadowed, as the next, for CUDA graphs
+    GenerationMixin._valid_auto_compile_criteria: "self model_kwargs generation_config",
     ContinuousMixin.init_continuous_batching: "self generation_config continuous_batching_config workload_hints",
     ContinuousBatchingManager.warmup: "self",
     ContinuousBatchingManager.add_requests: "self inputs max_new_tokens",
