@@ -67,7 +67,7 @@ class Cell:
         part = {"sft": "sft", "ppo": "prompts"}.get(self.stage, "preferences")
         data = folder / f"{part}{self.prompt if part == 'prompts' else length}.jsonl"
         given = [
-            *([f"hardware={max(self.card, 8)}gb"] if self.card else ["hardware=cpu"]),
+            *([f"hardware={self.card}gb"] if self.card else ["hardware=cpu"]),
             f"quantization={'nf4' if self.base == 'nf4' else 'none'}",
             f"model.name_or_path={folder / self.model}",
             f"model.dtype={'auto' if self.base == 'nf4' else self.base}",
@@ -266,9 +266,6 @@ def run(cell: Cell, folder: Path, device: str) -> None:
         "planned": found.peak,
         "planned_phase": found.phase,
         "tokens": cell.tokens(overrides),
-        "device": torch.cuda.get_device_name(0) if device == "cuda" else f"{processor()}, without a cap",
-        "date": str(date.today()),
-        "versions": versions(),
     }
     written = folder / "cells" / f"{cell.run}-{cell.stage}" / "cell.json"
     written.write_text(json.dumps(figures))

@@ -1,10 +1,10 @@
 """How much goes through the model at once where nothing is trained, so that such a pass does not set a run's peak.
 
-Nothing of these passes is kept but the cache of `generate`: portions cost memory for the time of a pass, and no time.
+Nothing of these passes is kept but the cache of `generate`: in portions they take less memory and as much time.
 """
 
 TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Of a pass, by device: enough to keep it busy."""
+"""Of a pass, by device: enough to keep it busy (on a GPU an estimate)."""
 LOGITS = 2**26
 """Of a pass that needs them: 256 MB in float32."""
 

@@ -596,7 +596,7 @@ def test_all_trained_weights_are_equal_on_two_processes(tmp_path):
         import conftest
         from datasets import Dataset
         from peft import LoraConfig, get_peft_model
-        from rlhf_recipes import PPOConfig, PPOTrainer, portions
+        from rlhf_recipes import PPOConfig, PPOTrainer
         tokenizer = conftest.tokenizer.__wrapped__()
         base = conftest.tiny_llama.__wrapped__()()
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)

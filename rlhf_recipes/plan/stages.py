@@ -132,8 +132,8 @@ def training_arguments(stage: str, cfg: DictConfig, dtype: torch.dtype) -> Any:
     Raises:
         UserError: as in the recipe, or there is no longest sequence to plan for.
     """
-    own = {"trunk": cfg.trunk, "frozen_top": cfg.frozen_top} if stage == "ppo" else {}
-    own |= {"cuda_graphs": False} if stage == "ppo" else {}  # no matter for memory, and refused without a GPU
+    # CUDA graphs are refused without a GPU, which a plan needs not
+    own = {"trunk": cfg.trunk, "frozen_top": cfg.frozen_top, "cuda_graphs": False} if stage == "ppo" else {}
     precision = {"bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16, "use_cpu": True}
     args = build(CONFIGS[stage], cfg.training, output_dir=cfg.runs_dir, **own, **precision)
     if stage != "ppo" and args.max_length is None:

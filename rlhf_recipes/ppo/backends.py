@@ -1,6 +1,6 @@
-"""What samples the rollouts faster than plain `generate`: CUDA graphs, continuous batching and vLLM.
+"""What samples the rollouts in place of plain `generate`, without a change to any weight.
 
-TRL casts the whole model to bf16 for the one, and merges the adapter into the base for the other. Adapters have to stay
+TRL casts the whole model to bf16 for continuous batching, and merges the adapter into the base for vLLM. Adapters have to stay
 float32 here, and the base, which four roles share, as it is to the last bit.
 """
 
@@ -40,7 +40,7 @@ class DecodingStep:
     def __call__(self, *, cache: Any, **inputs: Any) -> Any:
         """Outputs of the model, valid until the next call."""
         if inputs["input_ids"].size(1) > 1 or cache is not self.cache:
-            self.cache, self.replay = cache if inputs["input_ids"].size(1) == 1 else None, None
+            self.cache, self.replay = (cache if inputs["input_ids"].size(1) == 1 else None), None
             return self.model(cache=cache, **inputs)
         if self.replay is None:
             self.inputs = tree_map_only(Tensor, torch.clone, inputs)
