@@ -1,7 +1,7 @@
 """What samples the rollouts in place of plain `generate`, without a change to any weight.
 
-TRL casts the whole model to bf16 for continuous batching, and merges the adapter into the base for vLLM. Adapters have to stay
-float32 here, and the base, which four roles share, as it is to the last bit.
+TRL casts the whole model to bf16 for continuous batching, and merges the adapter into the base for vLLM. Adapters have
+to stay float32 here, and the base, which four roles share, as it is to the last bit.
 """
 
 import copy
