@@ -32,6 +32,7 @@ def main() -> None:
         ppo_vs_swift.swift(task, n, pythons["swift"], "ms-swift", rollout=32),
         ppo_vs_trl.trl(task, n, pythons["trl"], "TRL", rollout=32),
         ours(task, n, f"ours, nf4 in {short}", "quantization=nf4"),
+        ours(task, n, "ours, critic in one pass", "training.value_num_iterations=1"),
     ]
     results = compete(contestants, task, chosen, NAME)
     first = next((turn for turns in results.values() for turn in turns if isinstance(turn, Run)), None)
