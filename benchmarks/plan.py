@@ -1,14 +1,18 @@
 """How good `make plan` is: predicted against measured peak memory of every stage; writes benchmarks/results/plan.md.
 
-    python -m benchmarks.plan [folder of one more model]
+    python -m benchmarks.plan [folder of one more model] [--pretended-gpu]
 
 The real recipes run a few steps on the CPU, on small models with random weights that are made here and on the one in
 the folder. Measured is the peak of anonymous memory beyond what the process has after the same stage on a model of next
 to no size, which leaves imports and the like behind, less what such a stage takes again (tokenizer, datasets, logs).
 Weights are copied off the mapped file, and the allocators keep nothing back, so that what is counted is what is in use.
 Linux only; about 20 minutes.
+
+With --pretended-gpu the recipes run on benchmarks.pretend_gpu, where the code of a GPU is taken, and what lived there
+is counted; no quantized base runs there. It writes benchmarks/results/plan_pretended_gpu.md.
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -17,6 +21,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +44,7 @@ SETTINGS = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0",
     "LRU_CACHE_CAPACITY": "1",
 }
-RESULTS = Path(__file__).parent / "results" / "plan.md"
+RESULTS = Path(__file__).parent / "results"
 STAGES = ("sft", "rm", "dpo", "ppo")
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 TINY, QWEN, LLAMA = "tiny", "qwen3 8x512", "llama 6x768"
@@ -236,36 +241,53 @@ def measure(row: Row, folder: Path, number: int) -> int:
     return peak - before
 
 
-def predict(row: Row, folder: Path) -> None:
-    """Fill in what the plan says."""
+def count(row: Row, folder: Path, number: int) -> int:
+    """Peak of what lived on the pretended GPU, in bytes."""
+    command = [sys.executable, "-m", "benchmarks.pretend_gpu", "--count", f"recipes.{row.stage}"]
+    done = subprocess.run([*command, *row.arguments(folder, f"run{number}")], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{row} failed: {done.stdout[-1000:]} {done.stderr[-3000:]}")
+    return int(done.stdout.splitlines()[-1])
+
+
+def predict(row: Row, folder: Path, device: str) -> None:
+    """Fill in what the plan says of a kind of device."""
     from rlhf_recipes.config import compose
     from rlhf_recipes.plan.stages import plan
 
     cfg = compose(row.stage, row.arguments(folder, "plan"))
-    found = plan(row.stage, cfg, prompt_length=row.length - row.answer, device="cpu")
+    found = plan(row.stage, cfg, prompt_length=row.length - row.answer, device=device)
     row.predicted, row.phase = found.peak, found.phase
 
 
-def report(done: list[Row], beside: dict[str, int]) -> str:
+MEASURED = """The real recipes run a few steps on the CPU, on small models with random weights and perhaps on one more.
+Measured is the peak of anonymous memory beyond what the process has after the same stage on a model of next to no size,
+which leaves imports and the like behind, less what such a stage takes again (tokenizer, datasets, logs): {beside}.
+Weights are copied off the mapped file, and the allocators keep nothing back, so that what is counted is what is in
+use. Nothing in the plan is fitted to these figures: all rows judge it."""
+COUNTED = """The real recipes run a few steps on a [GPU that is not there](../pretend_gpu.py), on small models of random
+weights and perhaps on one more: the code of a GPU is taken, and the bytes of all tensors that live at the same time are
+counted. Not counted are what kernels take while they run, and the allocator's fragments; no quantized base runs there.
+Nothing in the plan is fitted to these figures. On a real GPU nothing has been measured yet."""
+
+
+def report(done: list[Row], text: str, command: str) -> str:
     """The tables in Markdown."""
-    errors = {stage: [abs(row.error) for row in done if row.stage == stage] for stage in STAGES}
     lines = [
         "# Predicted and measured peak memory",
         "",
-        f"`python -m benchmarks.plan`, {date.today()}, CPU, one thread, {platform.system()} {platform.machine()}.",
+        f"`{command}`, {date.today()}, CPU, one thread, {platform.system()} {platform.machine()}.",
         f"Versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.",
         "",
-        (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2].strip(),
+        text,
         "",
-        "Nothing in the plan is fitted to these figures: all rows judge it. On a GPU other kernels run (the LM head in "
-        "Triton, in place; attention; the allocator's fragments): no figure there has been measured yet.",
-        "",
-        "| stage | rows | mean error | largest error | taken off: tokenizer, datasets, logs, MB |",
-        "|---|---|---|---|---|",
+        "| stage | rows | mean error | largest error |",
+        "|---|---|---|---|",
     ]
-    for stage, of_stage in errors.items():
-        mean, largest = sum(of_stage) / len(of_stage), max(of_stage)
-        lines.append(f"| {stage} | {len(of_stage)} | {mean:.1%} | {largest:.1%} | {beside[stage] >> 20} |")
+    for stage in STAGES:
+        errors = [abs(row.error) for row in done if row.stage == stage]
+        mean, largest = sum(errors) / len(errors), max(errors)
+        lines.append(f"| {stage} | {len(errors)} | {mean:.1%} | {largest:.1%} |")
     columns = "stage | model | micro-batch x tokens | overrides | peak comes in | predicted, MB | measured, MB | error"
     lines += ["", f"| {columns} |", "|---" * 8 + "|"]
     for row in done:
@@ -276,32 +298,56 @@ def report(done: list[Row], beside: dict[str, int]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(other: str | None = None) -> None:
-    """Measure everything and write the table."""
-    if any(os.environ.get(name) != value for name, value in SETTINGS.items()):  # they are read when a process starts
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.plan", *sys.argv[1:]], os.environ | SETTINGS)
+def on_cpu(folder: Path, other: str | None) -> tuple[list[Row], str]:
+    """Every row measured on the CPU, and what was done."""
     for name in ("evaluation", "backoff", "plan.stages", "reward_model", "ppo.trainer", "world"):
         importlib.import_module(f"rlhf_recipes.{name}")
     import trl
 
     for trainer in ("SFTTrainer", "RewardTrainer", "DPOTrainer"):
         getattr(trl, trainer)
+    beside = {}
+    for number, stage in enumerate(STAGES):
+        beside[stage] = measure(Row(stage, TINY, 1, 256), folder, number)
+        print(stage, beside[stage] >> 20, "MB taken off", flush=True)
+    done = []
+    for number, row in enumerate(rows(other), len(STAGES)):
+        row.measured = measure(row, folder, number) - beside[row.stage]
+        predict(row, folder, "cpu")
+        done.append(row)
+        print(row, f"{row.error:+.1%}", flush=True)
+    return done, MEASURED.format(beside=", ".join(f"{size >> 20} MB in {stage}" for stage, size in beside.items()))
+
+
+def on_pretended_gpu(folder: Path, other: str | None) -> tuple[list[Row], str]:
+    """Every row counted on the pretended GPU, on a base in bf16, and what was done."""
+    done = []
+    for number, row in enumerate(rows(other)):
+        row.overrides = [override for override in row.overrides if override not in (NF4, INT8)]
+        row.measured = count(row, folder, number)
+        predict(row, folder, "cuda")
+        done.append(row)
+        print(row, f"{row.error:+.1%}", flush=True)
+    return done, COUNTED
+
+
+def main() -> None:
+    """Measure everything and write the table."""
+    if any(os.environ.get(name) != value for name, value in SETTINGS.items()):  # they are read when a process starts
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.plan", *sys.argv[1:]], os.environ | SETTINGS)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", nargs="?", help="folder of one more model")
+    parser.add_argument("--pretended-gpu", action="store_true", help="count on a GPU that is not there")
+    chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        make(folder)
-        beside: dict[str, int] = {}
-        done = []
-        for number, row in enumerate([*(Row(stage, TINY, 1, 256) for stage in STAGES), *rows(other)]):
-            row.measured = measure(row, folder, number) - beside.get(row.stage, 0)
-            if row.model == TINY:
-                beside[row.stage] = row.measured
-                print(row.stage, row.measured >> 20, "MB taken off", flush=True)
-                continue
-            predict(row, folder)
-            done.append(row)
-            print(row, f"{row.error:+.1%}", flush=True)
-    RESULTS.write_text(report(done, beside))
+        make(Path(scratch))
+        found = (on_pretended_gpu if chosen.pretended_gpu else on_cpu)(Path(scratch), chosen.model)
+    name = "plan_pretended_gpu" if chosen.pretended_gpu else "plan"
+    command = "python -m benchmarks.plan" + " --pretended-gpu" * chosen.pretended_gpu
+    (RESULTS / f"{name}.md").write_text(report(*found, command))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

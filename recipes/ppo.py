@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import data, guard, rewards, terminal
 from rlhf_recipes.config import build, recipe
+from rlhf_recipes.plan.shortage import told_when_full
 from rlhf_recipes.runs import Stage
 
 
@@ -62,7 +63,8 @@ def main(cfg: DictConfig) -> None:
     with Stage.open(cfg, "ppo", predecessors=before, others=rewards.folders(models), data_fingerprint=read) as stage:
         terminal.say(stage.message)
         if stage.state != "skip":
-            train(cfg, stage)
+            with told_when_full("ppo", cfg):
+                train(cfg, stage)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import data, terminal
 from rlhf_recipes.config import build, recipe
+from rlhf_recipes.plan.shortage import told_when_full
 from rlhf_recipes.runs import Stage
 
 
@@ -48,7 +49,8 @@ def main(cfg: DictConfig) -> None:
     with Stage.open(cfg, "sft", data_fingerprint=data.describe(cfg.data, "sft")) as stage:
         terminal.say(stage.message)
         if stage.state != "skip":
-            train(cfg, stage)
+            with told_when_full("sft", cfg):
+                train(cfg, stage)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_recipes.errors import UserError
+from rlhf_recipes.errors import OutOfMemory
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,8 @@ def back_off(trainer: Any, *, pairs: bool = False) -> None:
     Args:
         pairs: its batches hold all chosen answers and then all rejected ones, and its loss is a mean over the pairs.
     """
-    if trainer.args.device.type == "cuda" and trainer.accelerator.num_processes == 1:
+    full_without_notice = trainer.args.device.type in ("cpu", "mps")  # no OutOfMemoryError comes from there
+    if not full_without_notice and trainer.accelerator.num_processes == 1:
         BackOff(trainer, pairs=pairs)
 
 
@@ -50,7 +51,7 @@ class BackOff:
         """The trainer's own, again and again until it fits.
 
         Raises:
-            UserError: one sequence alone is too much.
+            OutOfMemory: one sequence alone is too much.
         """
         parameters = [p for group in self.trainer.optimizer.param_groups for p in group["params"]]
         before = [None if p.grad is None else p.grad.to("cpu", copy=True) for p in parameters]
@@ -79,7 +80,7 @@ class BackOff:
     def _split_further(self, reason: str) -> None:
         rows, step = self._rows(), self.trainer.state.global_step
         if self.parts >= rows:
-            raise UserError(f"out of GPU memory at step {step} with one sequence at a time ({reason}). {ADVICE}")
+            raise OutOfMemory(f"out of GPU memory at step {step} with one sequence at a time ({reason}). {ADVICE}")
         self.parts = min(2 * self.parts, rows)
         logger.warning(
             "out of GPU memory at step %d (%s): from here on, micro-batches of %d are computed in %d parts. The result "
@@ -137,7 +138,7 @@ def in_chunks(rows: int, size: int, compute: Callable[[slice], Any]) -> tuple[li
         What it gave for each slice, and the size that fitted, to begin with the next time.
 
     Raises:
-        UserError: one row alone is too much.
+        OutOfMemory: one row alone is too much.
     """
     done: list[Any] = []
     start = 0
@@ -159,7 +160,7 @@ def until_it_fits(rows: int, size: int, compute: Callable[[int], Any]) -> tuple[
         What it gave, and the size that fitted.
 
     Raises:
-        UserError: one row alone is too much.
+        OutOfMemory: one row alone is too much.
     """
     while True:
         try:
@@ -167,7 +168,7 @@ def until_it_fits(rows: int, size: int, compute: Callable[[int], Any]) -> tuple[
         except (torch.OutOfMemoryError, MemoryError) as error:
             reason = str(error).partition(". ")[0]
         if size == 1:
-            raise UserError(f"out of GPU memory with one sequence at a time ({reason}). {ADVICE}")
+            raise OutOfMemory(f"out of GPU memory with one sequence at a time ({reason}). {ADVICE}")
         size = min(size, rows) // 2
         logger.warning("out of GPU memory (%s): going on with %d sequences at once", reason, size)
         torch.cuda.empty_cache()

@@ -1,5 +1,9 @@
-"""The one error class that a recipe shows as a plain message instead of a traceback."""
+"""The errors that a recipe shows as a plain message instead of a traceback."""
 
 
 class UserError(ValueError):
     """Something a user can mend: the message says what was seen, what is allowed, and what to type next."""
+
+
+class OutOfMemory(UserError):
+    """The GPU's memory is too small even for one sequence at a time."""

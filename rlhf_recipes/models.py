@@ -64,13 +64,20 @@ def dtype(model: DictConfig) -> torch.dtype:
     return names[model.dtype]
 
 
+def device() -> torch.device:
+    """Where models live: this process's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
 def precision(cfg: DictConfig) -> dict[str, Any]:
     """The training arguments that go with the dtype of the base: mixed precision, and the device."""
     base = dtype(cfg.model)
     return {
         "bf16": base == torch.bfloat16,
         "fp16": base == torch.float16,
-        "use_cpu": not torch.cuda.is_available() and not torch.backends.mps.is_available(),
+        "use_cpu": device().type == "cpu",
     }
 
 
@@ -151,7 +158,7 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
     if cfg.quantization:
         compute = {"bnb_4bit_compute_dtype": dtype(cfg.model)} if cfg.quantization.get("load_in_4bit") else {}
         common["quantization_config"] = build(BitsAndBytesConfig, cfg.quantization, **compute)
-        common["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        common["device_map"] = {"": device()}
     if dtype(cfg.model) == torch.bfloat16 and not torch.cuda.is_available() and not multiplies_bf16():
         logger.warning(
             "this CPU has no bf16 instructions, and multiplies bf16 matrices many times slower than float32 ones "
@@ -162,6 +169,8 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
         config.num_labels = 1
         set_seed(cfg.seed)  # the head starts at random
     model = auto.from_pretrained(source(cfg.model), config=config, dtype=dtype(cfg.model), **common)
+    if not cfg.quantization:
+        model.to(device())  # a trainer would do so too, but some models have none: those of samples and of eval
     for module in model.modules():
         # bitsandbytes repacks 4-bit weights at the first pass without gradients on such a CPU, and rounds their scales:
         # the model would change in the middle of a run

@@ -13,8 +13,9 @@ from transformers import LlamaConfig
 from recipes import plan as recipe
 from rlhf_recipes import models
 from rlhf_recipes.config import CONF, compose
-from rlhf_recipes.errors import UserError
-from rlhf_recipes.plan.command import Asked, advice, parse, with_overrides
+from rlhf_recipes.errors import OutOfMemory, UserError
+from rlhf_recipes.plan import shortage
+from rlhf_recipes.plan.command import CONTEXT, FRAGMENTS, Asked, advice, parse, with_overrides
 from rlhf_recipes.plan.dry_run import dry_run, without_data
 from rlhf_recipes.plan.overrides import _moves, overrides_that_fit
 from rlhf_recipes.plan.passes import Passes, adapters
@@ -336,3 +337,46 @@ def test_each_reward_model_and_each_guard_is_one_more_adapter():
     assert adapters("ppo", compose("ppo", several)) == held
     assert adapters("dpo", compose("dpo", several[1:])) == ["default", "ref", "guard", "guard_1"]
     assert adapters("ppo", compose("ppo")) == ["default", "ref", "value", "reward"]
+
+
+# ---- a run that ended for want of memory
+
+
+@pytest.fixture
+def ended(text, monkeypatch):
+    """A function that gives the message of an SFT run that ended so, on a card of some GB."""
+
+    def message(card, error):
+        monkeypatch.setattr(shortage, "_card", lambda: card)
+        monkeypatch.setattr(shortage, "typed_overrides", lambda: [*text])
+        with pytest.raises(UserError) as found, shortage.told_when_full("sft", compose("sft", [*text])):
+            raise error
+        return str(found.value)
+
+    return message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB."), OutOfMemory("not one sequence fits.")],
+)
+def test_it_says_what_the_plan_says_and_gives_a_line_under_which_it_fits(ended, sft, error):
+    full = sft().peak / 2**30
+    card = (0.8 * full + CONTEXT) / (1 - FRAGMENTS)  # four fifths of what it takes are left for it
+    reason, figures, _, line = ended(card, error).splitlines()
+    assert reason in ("out of GPU memory (CUDA out of memory).", "not one sequence fits.")
+    assert f"sft takes {full:.2f} GB at its peak (training: " in figures
+    assert line.startswith("  make sft ARGS=") and "training.per_device_train_batch_size=" in line
+
+
+def test_where_the_plan_says_that_it_fits_it_names_what_the_plan_cannot_know(ended):
+    assert "another program" in ended(80, OutOfMemory("full."))
+
+
+def test_without_a_known_card_it_gives_the_figures_alone(ended):
+    assert len(ended(None, OutOfMemory("full.")).splitlines()) == 2
+
+
+def test_other_errors_pass_as_they_are():
+    with pytest.raises(KeyError), shortage.told_when_full("sft", compose("sft")):
+        raise KeyError("a bug")

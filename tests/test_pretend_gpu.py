@@ -1,8 +1,11 @@
 """Recipes on a GPU that is not there: no tensor is forgotten on the CPU, and the same is learned as on the CPU."""
 
+import functools
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from rlhf_recipes import world
 from rlhf_recipes.roles import HEAD_KEY, read_adapter
 
 ROOT = Path(__file__).parents[1]
-PPO = ["training.value_warmup_max_iterations=0", "training.eval_steps=4", "reward.min_accuracy=0"]
+OWN = {"ppo": ["training.value_warmup_max_iterations=0", "training.eval_steps=4", "reward.min_accuracy=0"]}
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("terminal_left_alone")]
 
@@ -24,32 +27,56 @@ def python(*args):
     return ended.returncode, ended.stdout + ended.stderr
 
 
-def on_gpu(recipe, *overrides):
-    code, output = python("-m", "tests.pretend_gpu", f"recipes.{recipe}", *overrides)
+def on_gpu(recipe, *overrides, memory=None):
+    """What was written, and the peak of the device's memory, of which there are so many bytes."""
+    limit = [f"--memory={memory}"] if memory else []
+    code, output = python("-m", "benchmarks.pretend_gpu", "--count", *limit, f"recipes.{recipe}", *overrides)
     assert code == 0, output
-    return output
+    written = output.splitlines()
+    return output, next(int(line) for line in reversed(written) if line.isdigit())
 
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory):
-    """Of both chains."""
+    """Of all chains."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in world.rankings(0)["train"][:24]))
     return [
         *("experiment=smoke", f"runs_dir={folder}", f"data.preferences.path={folder / 'pairs.jsonl'}"),
-        *("evaluation.prompts=8", "evaluation.samples=1"),
+        *("evaluation.prompts=8", "evaluation.samples=1", "training.per_device_eval_batch_size=8"),
     ]
 
 
-@pytest.fixture(scope="module")
-def chains(overrides):
-    """The folders of a run of all stages on the pretended GPU, and of one on the CPU."""
+@dataclass
+class Chain:
+    """A run of all stages on the pretended GPU, with the peaks of its memory by stage, and one on the CPU."""
+
+    gpu: Path
+    cpu: Path
+    peaks: dict[str, int]
+
+
+@functools.cache
+def chain(base, *overrides):
+    peaks = {}
     for stage in ("sft", "rm", "dpo", "ppo"):
-        own = PPO if stage == "ppo" else []
-        on_gpu(stage, *overrides, "run=gpu", *own)
-        done(stage, *overrides, "run=cpu", *own)
+        own = [f"quantization={base}", *OWN.get(stage, [])]
+        _, peaks[stage] = on_gpu(stage, *overrides, f"run={base}-gpu", *own)
+        done(stage, *overrides, f"run={base}-cpu", *own)
     folder = Path(overrides[1].removeprefix("runs_dir="))
-    return folder / "gpu", folder / "cpu"
+    return Chain(folder / f"{base}-gpu", folder / f"{base}-cpu", peaks)
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def either(request, overrides):
+    """The chain on each base."""
+    return chain(request.param, *overrides)
+
+
+@pytest.fixture(scope="module")
+def unquantized(overrides):
+    """The chain on a base in float32."""
+    return chain("none", *overrides)
 
 
 def test_the_pretended_gpu_refuses_what_cuda_refuses_and_nothing_else():
@@ -57,7 +84,7 @@ def test_the_pretended_gpu_refuses_what_cuda_refuses_and_nothing_else():
         "-c",
         """
 import torch
-from tests.pretend_gpu import register
+from benchmarks.pretend_gpu import register
 libraries = register()
 gpu, cpu = torch.ones(2, 3, device="pretend"), torch.ones(2, 3)
 for mixed in (lambda: gpu + cpu, lambda: torch.cat([gpu, cpu]), lambda: cpu[gpu > 0], lambda: gpu.numpy(),
@@ -81,28 +108,47 @@ assert linear.weight.grad.device.type == "pretend" and linear.weight.grad.tolist
 
 
 @pytest.mark.parametrize("adapter", ["sft", "rm", "dpo", "ppo", "ppo/value"])
-def test_a_stage_learns_the_same_on_a_gpu_as_on_the_cpu(chains, adapter):
+def test_a_stage_learns_the_same_on_a_gpu_as_on_the_cpu(either, adapter):
     """PPO's log-probabilities come from TRL's fused LM head there, and from the completion's logits on a CPU."""
-    gpu, cpu = (read_adapter(chain / adapter) for chain in chains)
+    gpu, cpu = read_adapter(either.gpu / adapter), read_adapter(either.cpu / adapter)
     assert gpu.keys() == cpu.keys() and (HEAD_KEY in gpu) == (adapter in ("rm", "ppo/value"))
-    start = read_adapter(chains[1] / "sft")
+    start = read_adapter(either.cpu / "sft")
     moved = [name for name in cpu if adapter == "sft" or name not in start or not torch.equal(cpu[name], start[name])]
     assert moved
     torch.testing.assert_close({n: gpu[n] for n in moved}, {n: cpu[n] for n in moved}, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.usefixtures("chains")
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("sft", "micro-batches of 32 are computed in 2 parts"),
+        ("dpo", "micro-batches of 32 are computed in 2 parts"),
+        ("ppo", "sequences at once"),
+    ],
+)
+def test_a_stage_that_does_not_fit_says_so_and_learns_the_same(unquantized, overrides, stage, said):
+    limit = int(0.7 * unquantized.peaks[stage])
+    copied = shutil.copytree(unquantized.gpu, unquantized.gpu.with_name(f"tight-{stage}"))
+    output, _ = on_gpu(stage, *overrides, f"run={copied.name}", "overwrite=true", *OWN.get(stage, []), memory=limit)
+    assert "out of GPU memory" in output and said in output
+    learned, whole = read_adapter(copied / stage), read_adapter(unquantized.gpu / stage)
+    torch.testing.assert_close(learned, whole, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("unquantized")
 def test_ppo_runs_on_a_gpu_in_bf16_with_all_that_it_can_do(overrides):
-    output = on_gpu(
+    output, _ = on_gpu(
         "ppo",
-        *(*overrides, "run=gpu", "model.dtype=bfloat16", *PPO, "guard=gold", "guard.prompts=8", "overwrite=true"),
+        *(*overrides, "run=none-gpu", "model.dtype=bfloat16", *OWN["ppo"], "guard=gold", "guard.prompts=8"),
+        "overwrite=true",
         *("training.ptx_coef=0.1", "training.gradient_checkpointing=true", "training.rollout_batch_size=16"),
         *("training.reward_clip=2", "training.missing_eos_penalty=1", "training.whiten_rewards=true"),
         *("training.kl_target=3", "training.target_kl=0.1", "training.entropy_coef=0.01"),
     )
-    assert "gpu/ppo is finished" in output
+    assert "none-gpu/ppo is finished" in output
 
 
-@pytest.mark.usefixtures("chains")
+@pytest.mark.usefixtures("unquantized")
 def test_eval_runs_on_a_gpu(overrides):
-    assert "best-of-4" in on_gpu("eval", *overrides, "run=gpu")
+    output, _ = on_gpu("eval", *overrides[:-1], "run=none-gpu")
+    assert "best-of-4" in output

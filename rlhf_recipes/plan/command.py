@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,14 +75,18 @@ def assumptions(asked: Asked) -> str:
     )
 
 
-def advice(asked: Asked, tried: Mapping[str, Mapping[str, str] | None]) -> str:
-    """The make line under which all stages fit, from the overrides that were found for those that do not."""
+def advice(asked: Asked, tried: Mapping[str, Mapping[str, str] | None], stages: Iterable[str] = TRAINING) -> str:
+    """The make line under which all stages fit, from the overrides that were found for those that do not.
+
+    Args:
+        stages: those that the line makes, and all where the overrides are such that all have to agree on them.
+    """
     hopeless = [stage for stage, extra in tried.items() if extra is None]
     lines = [f"{stage}: fits with nothing that was tried; take a smaller model or larger card." for stage in hopeless]
     extra = {stage: found for stage, found in tried.items() if found}
     if extra:
         shared = {key: value for found in extra.values() for key, value in found.items() if key in SHARED}
-        line = "make " + " ".join(stage for stage in TRAINING if stage not in hopeless)
+        line = "make " + " ".join(stage for stage in (TRAINING if shared else stages) if stage not in hopeless)
         line += make_variable("ARGS", with_overrides(asked.common, shared))
         for stage, own in asked.own.items():
             found = extra.get(stage, {})
