@@ -9,7 +9,7 @@ Weights are copied off the mapped file, and the allocators keep nothing back, so
 Linux only; about 20 minutes.
 
 With --pretended-gpu the recipes run on benchmarks.pretend_gpu, where the code of a GPU is taken, and what lived there
-is counted; no quantized base runs there. It writes benchmarks/results/plan_pretended_gpu.md.
+is counted; no base in 8 bits runs there. It writes benchmarks/results/plan_pretended_gpu.md.
 """
 
 import argparse
@@ -267,7 +267,7 @@ Weights are copied off the mapped file, and the allocators keep nothing back, so
 use. Nothing in the plan is fitted to these figures: all rows judge it."""
 COUNTED = """The real recipes run a few steps on a [GPU that is not there](../pretend_gpu.py), on small models of random
 weights and perhaps on one more: the code of a GPU is taken, and the bytes of all tensors that live at the same time are
-counted. Not counted are what kernels take while they run, and the allocator's fragments; no quantized base runs there.
+counted. Not counted are what kernels take while they run, and the allocator's fragments; no base in 8 bits runs there.
 Nothing in the plan is fitted to these figures. On a real GPU nothing has been measured yet."""
 
 
@@ -320,10 +320,10 @@ def on_cpu(folder: Path, other: str | None) -> tuple[list[Row], str]:
 
 
 def on_pretended_gpu(folder: Path, other: str | None) -> tuple[list[Row], str]:
-    """Every row counted on the pretended GPU, on a base in bf16, and what was done."""
+    """Every row counted on the pretended GPU, those in 8 bits on a base in bf16, and what was done."""
     done = []
     for number, row in enumerate(rows(other)):
-        row.overrides = [override for override in row.overrides if override not in (NF4, INT8)]
+        row.overrides = [override for override in row.overrides if override != INT8]
         row.measured = count(row, folder, number)
         predict(row, folder, "cuda")
         done.append(row)

@@ -201,15 +201,17 @@ def autocast(operation: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class MadeOnCpuFirst(TorchFunctionMode):
-    """`torch.tensor(..., device=...)` does not come by the dispatcher."""
+    """What does not come by the dispatcher: `torch.tensor(..., device=...)`, and lists as indices."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if function not in (torch.tensor, torch.as_tensor):
-            return function(*args, **kwargs)
-        device = kwargs.pop("device", None)
-        made = function(*args, **kwargs)
-        return made if device is None else made.to(device)
+        if function in (torch.tensor, torch.as_tensor):
+            device = kwargs.pop("device", None)
+            made = function(*args, **kwargs)
+            return made if device is None else made.to(device)
+        if function is Tensor.__getitem__ and isinstance(args[1], tuple):
+            args = (args[0], tuple(torch.tensor(x) if isinstance(x, list) else x for x in args[1]))
+        return function(*args, **kwargs)
 
 
 def register() -> list[torch.library.Library]:
