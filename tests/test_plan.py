@@ -377,6 +377,11 @@ def test_without_a_known_card_it_gives_the_figures_alone(ended):
     assert len(ended(None, OutOfMemory("full.")).splitlines()) == 2
 
 
+def test_what_cannot_be_planned_still_says_why_the_run_ended(ended, monkeypatch):
+    monkeypatch.setattr(shortage, "_figures", lambda *_: (1 / 0 for _ in "x"))
+    assert ended(80, OutOfMemory("full.")) == "full.\n`make plan` cannot tell what it takes: division by zero"
+
+
 def test_other_errors_pass_as_they_are():
     with pytest.raises(KeyError), shortage.told_when_full("sft", compose("sft")):
         raise KeyError("a bug")

@@ -31,8 +31,12 @@ def told_when_full(stage: str, cfg: DictConfig) -> Iterator[None]:
         torch = sys.modules.get("torch")
         if not isinstance(error, OutOfMemory) and (torch is None or not isinstance(error, torch.OutOfMemoryError)):
             raise
-        reason = str(error) if isinstance(error, OutOfMemory) else f"out of GPU memory ({_first_sentence(error)})."
-        raise UserError("\n".join([reason, *_figures(stage, cfg, _card())])) from error
+        lines = [str(error) if isinstance(error, OutOfMemory) else f"out of GPU memory ({_first_sentence(error)})."]
+        try:
+            lines += _figures(stage, cfg, _card())
+        except Exception as unplanned:  # whatever it is, it must not hide why the run ended
+            lines.append(f"`make plan` cannot tell what it takes: {unplanned}")
+        raise UserError("\n".join(lines)) from error
 
 
 def _figures(stage: str, cfg: DictConfig, card: float | None) -> Iterator[str]:
@@ -41,11 +45,7 @@ def _figures(stage: str, cfg: DictConfig, card: float | None) -> Iterator[str]:
     from rlhf_recipes.plan.stages import phases
 
     asked = Asked(typed_overrides(), {name: [] for name in TRAINING}, card)
-    try:
-        found = phases(stage, cfg, prompt_length=asked.prompt)
-    except UserError as error:  # no length is set, say
-        yield f"`make plan` cannot tell what it takes: {error}"
-        return
+    found = phases(stage, cfg, prompt_length=asked.prompt)
     most = max(found, key=lambda phase: phase.peak)
     yield f"By `make plan`, {stage} takes {_told(most)}, with the longest texts and prompts of {asked.prompt} tokens."
     if asked.limit is None:
