@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -242,6 +243,7 @@ def choose() -> None:
     """Have accelerate, transformers and the recipes choose the device, as they choose a GPU where there is one."""
     import accelerate
     from transformers import PreTrainedModel, training_args
+    from trl.trainer import utils
 
     from rlhf_recipes import models
 
@@ -263,9 +265,12 @@ def choose() -> None:
     training_args.is_torch_bf16_gpu_available = lambda: True
     PreTrainedModel.from_pretrained = classmethod(loaded)
     models.device = lambda: device
+    utils._use_triton = lambda _: True  # TRL's LM head scores the tokens of a loss alone, where Triton runs
 
     def refuse_cpu(module: nn.Module, _: Any) -> None:
-        if isinstance(module, PreTrainedModel) and module.device.type == "cpu":
+        if not isinstance(module, PreTrainedModel) or module.device.type != "cpu":
+            return
+        if not any(isinstance(weight, FakeTensor) for weight in module.parameters()):  # those of a plan
             raise RuntimeError("a model was left on the CPU, where its passes would be slow")
 
     nn.modules.module.register_module_forward_pre_hook(refuse_cpu)
