@@ -243,7 +243,6 @@ def choose() -> None:
     """Have accelerate, transformers and the recipes choose the device, as they choose a GPU where there is one."""
     import accelerate
     from transformers import PreTrainedModel, training_args
-    from trl.trainer import utils
 
     from rlhf_recipes import models
 
@@ -265,7 +264,6 @@ def choose() -> None:
     training_args.is_torch_bf16_gpu_available = lambda: True
     PreTrainedModel.from_pretrained = classmethod(loaded)
     models.device = lambda: device
-    utils._use_triton = lambda _: True  # TRL's LM head scores the tokens of a loss alone, where Triton runs
 
     def refuse_cpu(module: nn.Module, _: Any) -> None:
         if not isinstance(module, PreTrainedModel) or module.device.type != "cpu":
