@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
 from importlib.metadata import version
@@ -260,26 +260,18 @@ def predict(row: Row, folder: Path, device: str) -> None:
     row.predicted, row.phase = found.peak, found.phase
 
 
-MEASURED = """The real recipes run a few steps on the CPU, on small models with random weights and perhaps on one more.
-Measured is the peak of anonymous memory beyond what the process has after the same stage on a model of next to no size,
-which leaves imports and the like behind, less what such a stage takes again (tokenizer, datasets, logs): {beside}.
-Weights are copied off the mapped file, and the allocators keep nothing back, so that what is counted is what is in
-use. Nothing in the plan is fitted to these figures: all rows judge it."""
-COUNTED = """The real recipes run a few steps on a [GPU that is not there](../pretend_gpu.py), on small models of random
-weights and perhaps on one more: the code of a GPU is taken, and the bytes of all tensors that live at the same time are
-counted. Not counted are what kernels take while they run, and the allocator's fragments; no base in 8 bits runs there.
-Nothing in the plan is fitted to these figures. On a real GPU nothing has been measured yet."""
-
-
-def report(done: list[Row], text: str, command: str) -> str:
-    """The tables in Markdown."""
+def report(done: list[Row], note: str, chosen: argparse.Namespace) -> str:
+    """The tables in Markdown, with the paragraph of this program's description that fits."""
+    command = "python -m benchmarks.plan" + " --pretended-gpu" * chosen.pretended_gpu
     lines = [
         "# Predicted and measured peak memory",
         "",
         f"`{command}`, {date.today()}, CPU, one thread, {platform.system()} {platform.machine()}.",
         f"Versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.",
         "",
-        text,
+        (__doc__ or "").split("\n\n")[3 if chosen.pretended_gpu else 2].strip(),
+        "",
+        f"{note} Nothing in the plan is fitted to these figures: all rows judge it.",
         "",
         "| stage | rows | mean error | largest error |",
         "|---|---|---|---|",
@@ -299,7 +291,7 @@ def report(done: list[Row], text: str, command: str) -> str:
 
 
 def on_cpu(folder: Path, other: str | None) -> tuple[list[Row], str]:
-    """Every row measured on the CPU, and what was done."""
+    """Every row measured on the CPU, and what was taken off."""
     for name in ("evaluation", "backoff", "plan.stages", "reward_model", "ppo.trainer", "world"):
         importlib.import_module(f"rlhf_recipes.{name}")
     import trl
@@ -310,25 +302,30 @@ def on_cpu(folder: Path, other: str | None) -> tuple[list[Row], str]:
     for number, stage in enumerate(STAGES):
         beside[stage] = measure(Row(stage, TINY, 1, 256), folder, number)
         print(stage, beside[stage] >> 20, "MB taken off", flush=True)
-    done = []
-    for number, row in enumerate(rows(other), len(STAGES)):
-        row.measured = measure(row, folder, number) - beside[row.stage]
-        predict(row, folder, "cpu")
-        done.append(row)
-        print(row, f"{row.error:+.1%}", flush=True)
-    return done, MEASURED.format(beside=", ".join(f"{size >> 20} MB in {stage}" for stage, size in beside.items()))
+
+    def in_use(row: Row, number: int) -> int:
+        return measure(row, folder, number + len(STAGES)) - beside[row.stage]
+
+    taken_off = ", ".join(f"{size >> 20} MB in {stage}" for stage, size in beside.items())
+    return judged(rows(other), in_use, folder, "cpu"), f"Taken off: {taken_off}."
 
 
 def on_pretended_gpu(folder: Path, other: str | None) -> tuple[list[Row], str]:
-    """Every row counted on the pretended GPU, those in 8 bits on a base in bf16, and what was done."""
+    """Every row counted on the pretended GPU, those in 8 bits on a base in bf16, and what is not counted."""
+    without_int8 = [replace(row, overrides=[o for o in row.overrides if o != INT8]) for row in rows(other)]
+    note = "What kernels take while they run, and the allocator's fragments, are not counted."
+    return judged(without_int8, lambda row, number: count(row, folder, number), folder, "cuda"), note
+
+
+def judged(asked: Iterable[Row], measured: Callable[[Row, int], int], folder: Path, device: str) -> list[Row]:
+    """Rows with what was measured of each, which has a number, and what the plan says of it."""
     done = []
-    for number, row in enumerate(rows(other)):
-        row.overrides = [override for override in row.overrides if override != INT8]
-        row.measured = count(row, folder, number)
-        predict(row, folder, "cuda")
+    for number, row in enumerate(asked):
+        row.measured = measured(row, number)
+        predict(row, folder, device)
         done.append(row)
         print(row, f"{row.error:+.1%}", flush=True)
-    return done, COUNTED
+    return done
 
 
 def main() -> None:
@@ -345,8 +342,7 @@ def main() -> None:
         make(Path(scratch))
         found = (on_pretended_gpu if chosen.pretended_gpu else on_cpu)(Path(scratch), chosen.model)
     name = "plan_pretended_gpu" if chosen.pretended_gpu else "plan"
-    command = "python -m benchmarks.plan" + " --pretended-gpu" * chosen.pretended_gpu
-    (RESULTS / f"{name}.md").write_text(report(*found, command))
+    (RESULTS / f"{name}.md").write_text(report(*found, chosen))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ INDEXES = {
 }
 LOWERED = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm")
 FUSED = ("silu_backward",)  # has a kernel on CPU and CUDA, and takes steps on an unknown device
-IN_PLACE = ("_forward_tile", "_backward_tile", "_addmm_fp32")  # of TRL's LM head: on CUDA they copy nothing
 
 
 class Module(backend_registration._DummyBackendModule):
@@ -296,6 +295,7 @@ class Memory:
         from trl.kernels import chunked_logprob
 
         from rlhf_recipes.plan.dry_run import Meter
+        from rlhf_recipes.plan.passes import IN_PLACE
 
         self.meter, self.limit = Meter(), limit
         Pretended.made = self.take

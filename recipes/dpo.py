@@ -16,6 +16,7 @@ from rlhf_recipes.plan.shortage import told_when_full
 from rlhf_recipes.runs import Stage
 
 
+@told_when_full
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     unseen = guard.from_config(cfg, stage.adapter("rm"))
@@ -61,8 +62,7 @@ def main(cfg: DictConfig) -> None:
     with Stage.open(cfg, "dpo", predecessors=before, others=others, data_fingerprint=read) as stage:
         terminal.say(stage.message)
         if stage.state != "skip":
-            with told_when_full("dpo", cfg):
-                train(cfg, stage)
+            train(cfg, stage)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from rlhf_recipes.plan.shortage import told_when_full
 from rlhf_recipes.runs import Stage
 
 
+@told_when_full
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     reward = rewards.from_config(cfg.reward, stage.adapter("rm"))
@@ -63,8 +64,7 @@ def main(cfg: DictConfig) -> None:
     with Stage.open(cfg, "ppo", predecessors=before, others=rewards.folders(models), data_fingerprint=read) as stage:
         terminal.say(stage.message)
         if stage.state != "skip":
-            with told_when_full("ppo", cfg):
-                train(cfg, stage)
+            train(cfg, stage)
 
 
 if __name__ == "__main__":

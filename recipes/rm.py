@@ -14,6 +14,7 @@ from rlhf_recipes.plan.shortage import told_when_full
 from rlhf_recipes.runs import Stage
 
 
+@told_when_full
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     rows = data.load(cfg.data, "preferences", cfg.seed)
@@ -55,8 +56,7 @@ def main(cfg: DictConfig) -> None:
     with Stage.open(cfg, "rm", predecessors=before, data_fingerprint=data.describe(cfg.data, "preferences")) as stage:
         terminal.say(stage.message)
         if stage.state != "skip":
-            with told_when_full("rm", cfg):
-                train(cfg, stage)
+            train(cfg, stage)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from rlhf_recipes.plan.shortage import told_when_full
 from rlhf_recipes.runs import Stage
 
 
+@told_when_full
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     rows, asked = data.load(cfg.data, "sft", cfg.seed), data.heldout_prompts(cfg)
@@ -49,8 +50,7 @@ def main(cfg: DictConfig) -> None:
     with Stage.open(cfg, "sft", data_fingerprint=data.describe(cfg.data, "sft")) as stage:
         terminal.say(stage.message)
         if stage.state != "skip":
-            with told_when_full("sft", cfg):
-                train(cfg, stage)
+            train(cfg, stage)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_recipes.errors import OutOfMemory
+from rlhf_recipes.errors import OutOfMemory, first_sentence
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class BackOff:
                 except torch.OutOfMemoryError as error:
                     if self.prepared is None:
                         raise
-                    reason = str(error).partition(". ")[0]
+                    reason = first_sentence(error)
                 self._split_further(reason)  # out of the handler: the failed step's tensors are free by now
                 for parameter, gradient in zip(parameters, before, strict=True):
                     parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
@@ -166,7 +166,7 @@ def until_it_fits(rows: int, size: int, compute: Callable[[int], Any]) -> tuple[
         try:
             return compute(size), size
         except (torch.OutOfMemoryError, MemoryError) as error:
-            reason = str(error).partition(". ")[0]
+            reason = first_sentence(error)
         if size == 1:
             raise OutOfMemory(f"out of GPU memory with one sequence at a time ({reason}). {ADVICE}")
         size = min(size, rows) // 2

@@ -7,3 +7,8 @@ class UserError(ValueError):
 
 class OutOfMemory(UserError):
     """The GPU's memory is too small even for one sequence at a time."""
+
+
+def first_sentence(error: BaseException) -> str:
+    """Of what an error says, without its full stop: CUDA's own errors go on for a paragraph."""
+    return str(error).partition(". ")[0]

@@ -3,7 +3,23 @@
 import contextlib
 import importlib
 import io
+import json
 import sys
+
+from rlhf_recipes import world
+
+# Overrides of one stage: PPO moves the policy from its first iteration, and evaluates when it saves.
+OWN = {"ppo": ["training.value_warmup_max_iterations=0", "training.eval_steps=4", "reward.min_accuracy=0"]}
+
+
+def small_runs(folder):
+    """Overrides of all stages: four steps, and few preferences, since held-out pairs take most of the time."""
+    pairs = folder / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps(row) for row in world.rankings(0)["train"][:24]))
+    return [
+        *("experiment=smoke", f"runs_dir={folder}", f"data.preferences.path={pairs}"),
+        *("evaluation.prompts=8", "evaluation.samples=1"),
+    ]
 
 
 def run(recipe, *overrides):

@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,6 +343,14 @@ def test_each_reward_model_and_each_guard_is_one_more_adapter():
 # ---- a run that ended for want of memory
 
 
+def train_and_raise(error, cfg):
+    @shortage.told_when_full
+    def train(cfg, stage):
+        raise error
+
+    train(cfg, SimpleNamespace(name="sft"))
+
+
 @pytest.fixture
 def ended(text, monkeypatch):
     """A function that gives the message of an SFT run that ended so, on a card of some GB."""
@@ -349,8 +358,8 @@ def ended(text, monkeypatch):
     def message(card, error):
         monkeypatch.setattr(shortage, "_card", lambda: card)
         monkeypatch.setattr(shortage, "typed_overrides", lambda: [*text])
-        with pytest.raises(UserError) as found, shortage.told_when_full("sft", compose("sft", [*text])):
-            raise error
+        with pytest.raises(UserError) as found:
+            train_and_raise(error, compose("sft", [*text]))
         return str(found.value)
 
     return message
@@ -383,5 +392,5 @@ def test_what_cannot_be_planned_still_says_why_the_run_ended(ended, monkeypatch)
 
 
 def test_other_errors_pass_as_they_are():
-    with pytest.raises(KeyError), shortage.told_when_full("sft", compose("sft")):
-        raise KeyError("a bug")
+    with pytest.raises(KeyError):
+        train_and_raise(KeyError("a bug"), compose("sft"))

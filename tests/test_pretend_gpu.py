@@ -1,7 +1,6 @@
-"""Recipes on a GPU that is not there: no tensor is forgotten on the CPU, and the same is learned as on the CPU."""
+"""Stages and eval on a GPU that is not there: no tensor is forgotten on the CPU, and what is learned is the same."""
 
 import functools
-import json
 import shutil
 import subprocess
 import sys
@@ -10,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import done
+from commands import OWN, done, small_runs
 
-from rlhf_recipes import world
 from rlhf_recipes.roles import HEAD_KEY, read_adapter
 
 ROOT = Path(__file__).parents[1]
-OWN = {"ppo": ["training.value_warmup_max_iterations=0", "training.eval_steps=4", "reward.min_accuracy=0"]}
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("terminal_left_alone")]
 
@@ -39,12 +36,7 @@ def on_gpu(recipe, *overrides, memory=None):
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory):
     """Of all chains."""
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in world.rankings(0)["train"][:24]))
-    return [
-        *("experiment=smoke", f"runs_dir={folder}", f"data.preferences.path={folder / 'pairs.jsonl'}"),
-        *("evaluation.prompts=8", "evaluation.samples=1", "training.per_device_eval_batch_size=8"),
-    ]
+    return [*small_runs(tmp_path_factory.mktemp("runs")), "training.per_device_eval_batch_size=8"]
 
 
 @dataclass
@@ -118,12 +110,19 @@ def test_a_stage_learns_the_same_on_a_gpu_as_on_the_cpu(either, adapter):
     torch.testing.assert_close({n: gpu[n] for n in moved}, {n: cpu[n] for n in moved}, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
-def test_a_stage_that_does_not_fit_says_so_and_learns_the_same(unquantized, overrides, stage):
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("sft", "micro-batches of 32 are computed in 2 parts"),
+        ("dpo", "micro-batches of 32 are computed in 2 parts"),
+        ("ppo", "sequences at once"),
+    ],
+)
+def test_a_stage_that_does_not_fit_says_so_and_learns_the_same(unquantized, overrides, stage, said):
     limit = int(0.7 * unquantized.peaks[stage])
     copied = shutil.copytree(unquantized.gpu, unquantized.gpu.with_name(f"tight-{stage}"))
     output, _ = on_gpu(stage, *overrides, f"run={copied.name}", "overwrite=true", *OWN.get(stage, []), memory=limit)
-    assert "out of GPU memory" in output
+    assert "out of GPU memory" in output and said in output
     learned, whole = read_adapter(copied / stage), read_adapter(unquantized.gpu / stage)
     torch.testing.assert_close(learned, whole, atol=1e-4, rtol=1e-3)
 

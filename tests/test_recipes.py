@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import done, run
+from commands import OWN, done, run, small_runs
 
 from rlhf_recipes import models, world
 from rlhf_recipes.config import compose
@@ -39,24 +39,14 @@ FILES = {
     "dpo": MADE | ADAPTER | {"samples.json"},
     "ppo": MADE | ADAPTER | CRITIC | {"samples.json", "ppo_state.json"},
 }
-OWN = {  # of one stage: PPO moves the policy from its first iteration, and evaluates when it saves
-    "ppo": ["training.value_warmup_max_iterations=0", "training.eval_steps=4", "reward.min_accuracy=0"],
-}
-
 
 pytestmark = pytest.mark.usefixtures("terminal_left_alone")
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """The overrides of every run here: four steps, and few preferences, since held-out pairs take most of the time."""
-    folder = tmp_path_factory.mktemp("runs")
-    pairs = folder / "pairs.jsonl"
-    pairs.write_text("\n".join(json.dumps(row) for row in world.rankings(0)["train"][:24]))
-    return [
-        *("experiment=smoke", f"runs_dir={folder}", f"data.preferences.path={pairs}"),
-        *("evaluation.prompts=8", "evaluation.samples=1"),
-    ]
+    """The overrides of every run here."""
+    return small_runs(tmp_path_factory.mktemp("runs"))
 
 
 def runs_dir(overrides):

@@ -20,6 +20,7 @@ from rlhf_recipes.rewards import named_models
 from rlhf_recipes.roles import GUARD, POLICY, REFERENCE, REWARD, VALUE, Roles, member
 
 TILE = 32768  # columns of logits that TRL's fused LM head holds at once
+IN_PLACE = ("_forward_tile", "_backward_tile", "_addmm_fp32")  # its functions that copy nothing on a GPU
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"  # its name changed
 
 
@@ -236,6 +237,6 @@ def _filled(cache: Any) -> list[Any]:
 def _kernels(device: str) -> Iterator[None]:
     """On a GPU, TRL's LM head works on its tile in place, in Triton; elsewhere torch makes copies of the tile."""
     with ExitStack() as patched:
-        for name in ("_forward_tile", "_backward_tile", "_addmm_fp32") if device == "cuda" else ():
+        for name in IN_PLACE if device == "cuda" else ():
             patched.enter_context(mock.patch.object(chunked_logprob, name, lambda *args, **kwargs: None))
         yield

@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig
 
 from rlhf_recipes.config.options import TRAINING
-from rlhf_recipes.errors import OutOfMemory, UserError
+from rlhf_recipes.errors import OutOfMemory, UserError, first_sentence
 from rlhf_recipes.plan.command import Asked, advice
 from rlhf_recipes.runs.commands import typed_overrides
 
 if TYPE_CHECKING:
     from rlhf_recipes.plan.stages import Plan
+    from rlhf_recipes.runs import Stage
+
+T = TypeVar("T")
 
 
-@contextmanager
-def told_when_full(stage: str, cfg: DictConfig) -> Iterator[None]:
-    """Inside, an out-of-memory error that nothing could avoid ends as a message with the figures of `make plan`.
+def told_when_full(train: Callable[[DictConfig, Stage], T]) -> Callable[[DictConfig, Stage], T]:
+    """Lets `train(cfg, stage)` end with the figures of `make plan` where nothing could avoid running out of memory.
 
     Raises:
         UserError: in place of that error.
     """
-    try:
-        yield
-    except Exception as error:
-        torch = sys.modules.get("torch")
-        if not isinstance(error, OutOfMemory) and (torch is None or not isinstance(error, torch.OutOfMemoryError)):
-            raise
-        lines = [str(error) if isinstance(error, OutOfMemory) else f"out of GPU memory ({_first_sentence(error)})."]
+
+    @functools.wraps(train)
+    def told(cfg: DictConfig, stage: Stage) -> T:
         try:
-            lines += _figures(stage, cfg, _card())
-        except Exception as unplanned:  # whatever it is, it must not hide why the run ended
-            lines.append(f"`make plan` cannot tell what it takes: {unplanned}")
-        raise UserError("\n".join(lines)) from error
+            return train(cfg, stage)
+        except Exception as error:
+            if (reason := _reason(error)) is None:
+                raise
+            lines = [reason]
+            try:
+                lines += _figures(stage.name, cfg, _card())
+            except Exception as unplanned:  # whatever it is, it must not hide why the run ended
+                lines.append(f"`make plan` cannot tell what it takes: {unplanned}")
+            raise UserError("\n".join(lines)) from error
+
+    return told
+
+
+def _reason(error: Exception) -> str | None:
+    """A plain message for an error that says the GPU's memory is full; None for any other error."""
+    if isinstance(error, OutOfMemory):
+        return str(error)
+    torch = sys.modules.get("torch")
+    full = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return f"out of GPU memory ({first_sentence(error)})." if full else None
 
 
 def _figures(stage: str, cfg: DictConfig, card: float | None) -> Iterator[str]:
@@ -71,7 +86,3 @@ def _card() -> float | None:
     import torch
 
     return torch.cuda.get_device_properties().total_memory / 2**30 if torch.cuda.is_available() else None
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).partition(". ")[0]
