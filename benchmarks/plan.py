@@ -135,6 +135,7 @@ def rows(other: str | None) -> Iterator[Row]:
         yield Row(stage, LLAMA, 1, 384, every)
         if other:
             yield Row(stage, other, 2, 160)
+            yield Row(stage, other, 2, 160, [NF4])
 
 
 def make(folder: Path) -> None:

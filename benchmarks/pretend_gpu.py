@@ -242,6 +242,7 @@ def choose() -> None:
     """Have accelerate, transformers and the recipes choose the device, as they choose a GPU where there is one."""
     import accelerate
     from transformers import PreTrainedModel, training_args
+    from trl.trainer import utils
 
     from rlhf_recipes import models
 
@@ -263,6 +264,7 @@ def choose() -> None:
     training_args.is_torch_bf16_gpu_available = lambda: True
     PreTrainedModel.from_pretrained = classmethod(loaded)
     models.device = lambda: device
+    utils._use_triton = lambda _: True  # where Triton runs, TRL's LM head scores no other tokens than those of the loss
 
     def refuse_cpu(module: nn.Module, _: Any) -> None:
         if not isinstance(module, PreTrainedModel) or module.device.type != "cpu":

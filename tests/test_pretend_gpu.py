@@ -111,18 +111,18 @@ def test_a_stage_learns_the_same_on_a_gpu_as_on_the_cpu(either, adapter):
 
 
 @pytest.mark.parametrize(
-    ("stage", "said"),
+    ("stage", "share", "said"),
     [
-        ("sft", "micro-batches of 32 are computed in 2 parts"),
-        ("dpo", "micro-batches of 32 are computed in 2 parts"),
-        ("ppo", "sequences at once"),
+        ("sft", 0.7, ["micro-batches of 32 are computed in 2 parts"]),
+        ("dpo", 0.7, ["micro-batches of 32 are computed in 2 parts"]),
+        ("ppo", 0.55, ["sequences at once", "micro-batches of 64 are computed in 2 parts"]),
     ],
 )
-def test_a_stage_that_does_not_fit_says_so_and_learns_the_same(unquantized, overrides, stage, said):
-    limit = int(0.7 * unquantized.peaks[stage])
+def test_a_stage_that_does_not_fit_says_so_and_learns_the_same(unquantized, overrides, stage, share, said):
+    limit = int(share * unquantized.peaks[stage])
     copied = shutil.copytree(unquantized.gpu, unquantized.gpu.with_name(f"tight-{stage}"))
     output, _ = on_gpu(stage, *overrides, f"run={copied.name}", "overwrite=true", *OWN.get(stage, []), memory=limit)
-    assert "out of GPU memory" in output and said in output
+    assert all(line in output for line in ["out of GPU memory", *said]), output
     learned, whole = read_adapter(copied / stage), read_adapter(unquantized.gpu / stage)
     torch.testing.assert_close(learned, whole, atol=1e-4, rtol=1e-3)
 
