@@ -66,7 +66,8 @@ def row(plan: Plan, limit: int | None) -> dict[str, str]:
 
 def assumptions(asked: Asked) -> str:
     """What the table takes for granted."""
-    text = f"Texts as long as training.max_length, prompts of {asked.prompt} tokens (prompt=...)."
+    text = f"Texts as long as training.max_length, with a loss on every token; prompts of {asked.prompt} tokens where "
+    text += "answers are sampled (prompt=...)."
     if asked.card is None or asked.limit is None:
         return f"{text} CARD=12 tells what fits into 12 GB."
     return (
