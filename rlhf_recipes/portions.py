@@ -3,7 +3,7 @@
 Nothing of these passes is kept but the cache of `generate`: in portions they take less memory and as much time.
 """
 
-TOKENS = {"cpu": 1024, "cuda": 4096}
+TOKENS = {"cpu": 1024, "cuda": 2048}
 """Of a pass, by device: enough to keep it busy (on a GPU an estimate)."""
 LOGITS = 2**26
 """Of a pass that needs them: 256 MB in float32."""

@@ -9,7 +9,7 @@ def test_short_prompts_are_read_at_once_and_long_ones_by_chunks() -> None:
     assert prefill_chunk(16, 64, "cpu") is None
     assert prefill_chunk(16, 65, "cpu") == 64
     assert prefill_chunk(5000, 10, "cpu") == 1, "one token each is the least"
-    assert prefill_chunk(16, 512, "cuda") == 256
+    assert prefill_chunk(16, 512, "cuda") == 128
 
 
 @pytest.mark.parametrize(
