@@ -31,6 +31,7 @@ from typing import Any
 from benchmarks.plan import write_data, write_tokenizer
 from benchmarks.probe import AnonymousPeak, memory, versions
 from benchmarks.turns import REPOSITORY, error_line, processor, write
+from rlhf_recipes.allocator import grow_segments
 from rlhf_recipes.config import compose
 from rlhf_recipes.plan.command import CONTEXT, Asked
 
@@ -260,6 +261,7 @@ def run(cell: Cell, folder: Path, device: str) -> None:
     from rlhf_recipes import PPOTrainer, evaluation, models  # noqa: F401 (imported before memory is looked at)
     from rlhf_recipes.plan.stages import plan
 
+    grow_segments()
     overrides = cell.arguments(folder)
     found = plan(cell.stage, compose(cell.stage, overrides), prompt_length=cell.prompt, device=device)
     figures: dict[str, Any] = {

@@ -29,6 +29,7 @@ import torch
 from benchmarks.gpu_cards import PRESETS, QWEN_14B, write_shape
 from benchmarks.probe import AnonymousPeak, memory, versions
 from benchmarks.turns import REPOSITORY, cpu_dtype, error_line, processor, write
+from rlhf_recipes.allocator import grow_segments
 from rlhf_recipes.figures import number
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ def sampled(chosen: argparse.Namespace, base: str, backend: str) -> dict[str, An
     from rlhf_recipes import PPOConfig, PPOTrainer, models
     from rlhf_recipes.config import build, compose
 
+    grow_segments(vllm=backend == "vllm")
     cfg = compose("ppo", overrides(chosen, base, backend))
     gpu = torch.cuda.is_available()
     prompts = Dataset.from_dict({"prompt": ["-"] * chosen.prompts})

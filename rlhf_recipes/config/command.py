@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf_recipes import data, terminal
+from rlhf_recipes.allocator import grow_segments
 from rlhf_recipes.call_stack import roomy
 from rlhf_recipes.config import options, schema
 from rlhf_recipes.errors import UserError
@@ -107,7 +108,9 @@ def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -
     def job(composed: DictConfig) -> None:
         terminal.quiet()
         with plain_errors():
-            roomy(main)(_node(name, _examined(name, composed)[0]))
+            values = _examined(name, composed)[0]
+            grow_segments(vllm=bool(values.get("training.use_vllm")))
+            roomy(main)(_node(name, values))
 
     flags = [argument for argument in argv if argument not in typed]
     sys.argv = [sys.argv[0], *flags, *overrides]

@@ -238,7 +238,7 @@ def base(run: Run) -> str:
 
 def costs(run: Run) -> list[Block]:
     """Time and peak memory of each stage."""
-    kinds = {"gpu": "GPU, MB", "rss": "resident, MB", "anonymous": "anonymous, MB"}
+    kinds = {"gpu": "GPU, MB", "reserved": "reserved there, MB", "rss": "resident, MB", "anonymous": "anonymous, MB"}
     kinds = {k: title for k, title in kinds.items() if any(k in s.manifest.get("peak_memory", {}) for s in run.stages)}
     rows = []
     for stage in run.stages:

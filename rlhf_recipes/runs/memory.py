@@ -21,7 +21,7 @@ class PeakMemory:
         threading.Thread(target=self._watch, args=(every,), daemon=True).start()
 
     def peaks(self) -> dict[str, int]:
-        """MB by kind: `rss`, `anonymous` (on Linux), `gpu` (where CUDA was used)."""
+        """MB by kind: `rss`, `anonymous` (on Linux); where CUDA was used, `gpu`, and with its holes `reserved`."""
         self._sample()
         unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes on macOS, in kB elsewhere
         peaks = {"rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit}
@@ -30,6 +30,7 @@ class PeakMemory:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_initialized():
             peaks["gpu"] = torch.cuda.max_memory_allocated() // 2**20
+            peaks["reserved"] = torch.cuda.max_memory_reserved() // 2**20
         return peaks
 
     def stop(self) -> None:

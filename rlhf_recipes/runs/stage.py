@@ -293,7 +293,7 @@ class Stage:
         return float(self.manifest["seconds"]) + time.time() - moment(self.manifest["started"])
 
     def peak_memory(self) -> dict[str, int]:
-        """Peak memory in MB by kind: `rss`, `anonymous`, `gpu`."""
+        """Peak memory in MB by kind: `rss`, `anonymous`, `gpu`, `reserved`."""
         return self._memory.peaks() if self._memory else {}
 
     def close(self) -> None:
