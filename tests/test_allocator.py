@@ -14,11 +14,10 @@ from rlhf_recipes.config import recipe
 @pytest.fixture(autouse=True)
 def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that what the test sets is taken back
+        monkeypatch.delenv(name)
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(platform, "release", lambda: "6.8.0-generic")
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that it is taken back after the test
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
 
 
 def settings() -> dict[str, str]:
@@ -54,7 +53,7 @@ def test_nothing_is_set_where_segments_cannot_grow(monkeypatch: pytest.MonkeyPat
     ("use_vllm", "expected"), [(False, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}), (True, {})]
 )
 def test_every_recipe_has_them_but_beside_vllm(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: object, *, use_vllm: bool, expected: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch, *, use_vllm: bool, expected: dict[str, str]
 ) -> None:
     seen = {}
     monkeypatch.setattr("rlhf_recipes.config.options.find_spec", lambda _: True)

@@ -108,9 +108,9 @@ def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -
     def job(composed: DictConfig) -> None:
         terminal.quiet()
         with plain_errors():
-            values = _examined(name, composed)[0]
-            grow_segments(vllm=bool(values.get("training.use_vllm")))
-            roomy(main)(_node(name, values))
+            checked, _ = _examined(name, composed)
+            grow_segments(vllm=bool(checked.get("training.use_vllm")))
+            roomy(main)(_node(name, checked))
 
     flags = [argument for argument in argv if argument not in typed]
     sys.argv = [sys.argv[0], *flags, *overrides]
