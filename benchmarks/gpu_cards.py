@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.plan import write_data, write_tokenizer
+from benchmarks.plan import data_file, write_data, write_tokenizer
 from benchmarks.probe import AnonymousPeak, memory, versions
 from benchmarks.turns import REPOSITORY, error_line, processor, write
 from rlhf_recipes.allocator import grow_segments
@@ -66,7 +66,7 @@ class Cell:
         """The command line of the recipe."""
         length = self.prompt + self.answer
         part = {"sft": "sft", "ppo": "prompts"}.get(self.stage, "preferences")
-        data = folder / f"{part}{self.prompt if part == 'prompts' else length}.jsonl"
+        data = data_file(folder, part, length, self.answer)
         given = [
             *([f"hardware={self.card}gb"] if self.card else ["hardware=cpu"]),
             f"quantization={'nf4' if self.base == 'nf4' else 'none'}",

@@ -108,7 +108,7 @@ class Row:
             given += [
                 "reward=function",
                 f"reward.functions=[{folder}/reward.py:length]",
-                f"data.prompts.path={folder}/prompts{self.length - self.answer}.jsonl",
+                f"data.prompts.path={data_file(folder, 'prompts', self.length, self.answer)}",
                 f"training.max_completion_length={self.answer}",
                 f"training.generation_kwargs={{min_new_tokens: {self.answer}}}",
                 "training.steps_per_generation=2",
@@ -119,7 +119,8 @@ class Row:
             ]
         else:
             part = "sft" if self.stage == "sft" else "preferences"
-            given += [f"data.{part}.path={folder}/{part}{self.length}.jsonl", f"training.max_length={self.length}"]
+            file = data_file(folder, part, self.length, self.answer)
+            given += [f"data.{part}.path={file}", f"training.max_length={self.length}"]
         return [*given, *self.overrides]
 
 
@@ -144,9 +145,9 @@ def make(folder: Path) -> None:
     """Models with random weights, a tokenizer of words, and data of known lengths."""
     for name in SHAPES:
         make_model(folder, name)
-    for length in {row.length for row in rows("another")} | {256}:
-        write_data(folder, length, length // 4)  # the prompts for PPO
-        write_data(folder, length, length - GIVEN_PROMPT)  # and in place of its other files, those of the other stages
+    tiny = [Row(stage, TINY, 1, 256) for stage in STAGES]
+    for length, answer in {(row.length, row.answer) for row in [*tiny, *rows("another")]}:
+        write_data(folder, length, answer)
 
 
 def make_model(folder: Path, name: str) -> None:
@@ -176,19 +177,23 @@ def write_tokenizer(folder: Path) -> None:
 def write_data(folder: Path, length: int, answer: int, number: int = 40) -> None:
     """Rows of at most `length` tokens, the last of them an answer's, for every stage; and a reward function."""
     (folder / "reward.py").write_text("def length(completions, **kwargs):\n    return [len(c) for c in completions]\n")
-    made: dict[str, list[dict[str, str]]] = {f"sft{length}": [], f"preferences{length}": []}
-    made[f"prompts{length - answer}"] = []
+    made: dict[str, list[dict[str, str]]] = {"sft": [], "preferences": [], "prompts": []}
     for i in range(number):
         words_of_prompt = ["the"] * (length - answer - i % 2)  # every batch has a longest row, and padding
         for place, digit in enumerate(f"{i + 1:b}"[::-1]):  # no two are the same
             words_of_prompt[place + 1] = "a" if digit == "1" else "the"
         prompt = {"prompt": " ".join(words_of_prompt)}
         whole, cut = (" " + " ".join(["the"] * n) for n in (answer - 1, answer - 5))
-        made[f"sft{length}"].append(prompt | {"completion": whole})
-        made[f"preferences{length}"].append(prompt | {"chosen": whole, "rejected": cut})
-        made[f"prompts{length - answer}"].append(prompt)
-    for name, of_part in made.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_part))
+        made["sft"].append(prompt | {"completion": whole})
+        made["preferences"].append(prompt | {"chosen": whole, "rejected": cut})
+        made["prompts"].append(prompt)
+    for part, of_part in made.items():
+        data_file(folder, part, length, answer).write_text("".join(json.dumps(row) + "\n" for row in of_part))
+
+
+def data_file(folder: Path, part: str, length: int, answer: int) -> Path:
+    """Where `write_data` puts the rows of a part."""
+    return folder / f"{part}-{length - answer}-{answer}.jsonl"
 
 
 def anonymous(process: int | str = "self") -> int:
