@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from rlhf_recipes.evaluation.intervals import summarize
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +238,10 @@ class Verdict:
     """What a policy is worth on the held-out prompts."""
 
     reward: float  # mean score by the common reward model
-    kl: float  # to the base, in nats an answer
+    kl: float  # to the base, in nats per completion: summed over the vocabulary at every position, not estimated
+    reward_half_width: float = float("nan")  # of the 95% interval over prompts
+    kl_half_width: float = float("nan")
+    k3: float = float("nan")  # the same KL estimated from the sampled tokens: its tail is heavy
 
     @property
     def objective(self) -> float:
@@ -250,6 +256,7 @@ class Judge:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+        self.task = task
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
         tokenizer = AutoTokenizer.from_pretrained(task.base)
         base = AutoModelForCausalLM.from_pretrained(task.base, dtype=task.dtype)
@@ -264,6 +271,13 @@ class Judge:
             prompts, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )["input_ids"]  # all of one length: no padding
 
+    def verdict_on(self, snapshot: Path | None, *, again: bool = False) -> Verdict:
+        """Of a policy on disk, or of the base: kept beside it, and read from there unless it is wanted `again`."""
+        file = snapshot.with_suffix(".json") if snapshot else self.task.folder / "base-verdict.json"
+        if again or not file.exists():
+            file.write_text(json.dumps(vars(self.verdict(snapshot))))
+        return Verdict(**json.loads(file.read_text()))
+
     def verdict(self, adapter: Path | None) -> Verdict:
         """Of the policy with these LoRA weights; without any, of the base."""
         import torch
@@ -274,37 +288,49 @@ class Judge:
             set_peft_model_state_dict(self.policy, load_file(adapter))
         torch.manual_seed(0)
         with torch.inference_mode():
-            sequences = self.policy.generate(
-                input_ids=self.ids,
-                attention_mask=torch.ones_like(self.ids),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                eos_token_id=self.eos,
-                pad_token_id=self.pad,
-            )
-            scores = self.classifier(input_ids=sequences, attention_mask=sequences != self.pad).logits
-            kl = [self._kl(some) for some in sequences.split(EPISODES)]
-        verdict = Verdict(float(scores.float().mean()), float(torch.cat(kl).mean()))
-        logger.info("%s: reward %.2f, KL %.2f nats", adapter or "the base", verdict.reward, verdict.kl)
+            measured = [self._measure(some) for some in self.ids.split(4 * EPISODES)]
+        rewards, kls, k3s = (torch.cat(parts).tolist() for parts in zip(*measured, strict=True))
+        by_prompt = summarize({"reward": rewards, "kl": kls}, SAMPLES)
+        (reward, reward_half_width), (kl, kl_half_width) = by_prompt["reward"], by_prompt["kl"]
+        verdict = Verdict(reward, kl, reward_half_width, kl_half_width, fmean(k3s))
+        logger.info("%s: reward %.2f, KL %.2f nats (k3 %.2f)", adapter or "the base", reward, kl, verdict.k3)
         return verdict
 
-    def _kl(self, sequences: Any) -> Any:
-        """KL of some answers (b,), estimated on the tokens that were sampled (k3), which is never negative."""
+    def _measure(self, prompts: Any) -> tuple[Any, Any, Any]:
+        """Reward, exact KL to the base and its k3 estimate (b,) of a completion of each prompt (b, p)."""
+        import torch
+
         from rlhf_recipes.ppo.advantages import kl_estimate
 
-        logps = self._logps(sequences)
-        with self.policy.disable_adapter():
-            base_logps = self._logps(sequences)
-        return (kl_estimate(logps, base_logps, "k3") * (sequences[:, PROMPT_TOKENS:] != self.pad)).sum(dim=1)
-
-    def _logps(self, sequences: Any) -> Any:
-        """Log-probabilities (b, t) of the answers' tokens."""
-        from rlhf_recipes.logps import TokenLogps
-
-        answers = sequences[:, PROMPT_TOKENS:]
+        sampled = self.policy.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=self.eos,
+            pad_token_id=self.pad,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        sequences, steps = sampled.sequences, len(sampled.logits)
         mask = sequences != self.pad
-        logits = self.policy(input_ids=sequences, attention_mask=mask, logits_to_keep=answers.size(1) + 1).logits
-        return TokenLogps.apply(logits[:, :-1], answers)[0]
+        rewards = self.classifier(input_ids=sequences, attention_mask=mask).logits[:, 0].float()
+        with self.policy.disable_adapter():
+            logits = [
+                self.policy(input_ids=some, attention_mask=there, logits_to_keep=steps + 1).logits[:, :-1]
+                for some, there in zip(sequences.split(EPISODES), mask.split(EPISODES), strict=True)
+            ]
+        kls, k3s = [], []
+        for row, base_logits in enumerate(logits for part in logits for logits in part):
+            logps, base_logps = (
+                x.float().log_softmax(-1) for x in (torch.stack([s[row] for s in sampled.logits]), base_logits)
+            )
+            there = mask[row, prompts.size(1) :]
+            kls.append(((logps.exp() * (logps - base_logps)).sum(-1) * there).sum())
+            chosen = sequences[row, prompts.size(1) :, None]
+            logp, base_logp = logps.gather(-1, chosen)[:, 0], base_logps.gather(-1, chosen)[:, 0]
+            k3s.append((kl_estimate(logp, base_logp, "k3") * there).sum())
+        return rewards, torch.stack(kls), torch.stack(k3s)

@@ -21,6 +21,8 @@ SKIPPED = 5
 """Iterations that the timing leaves out: the first is slow everywhere, and up to four more are cheap for us, while our
 critic warms up and the policy rests."""
 
+TRAINED = "- **Trained**: LoRA in all layers, by policy and critic; where the row says so, in the upper half of them."
+
 
 @dataclass(frozen=True)
 class Run(Probed):
@@ -112,16 +114,22 @@ def compete(
     parts = range(1, chosen.snapshots + 1)
     snapshots = sorted({round(chosen.iterations * part / chosen.snapshots) for part in parts} - {0})
     for contestant, seed, folder in runs:
-        run(contestant, folder, seed, snapshots=snapshots, resume=chosen.resume)
+        if not chosen.judge:
+            run(contestant, folder, seed, snapshots=snapshots, resume=chosen.resume)
+    again = chosen.judge == "again"
     judge = ppo_task.Judge(task) if snapshots else None
-    start = {0: judge.verdict(None)} if judge else {}
+    start = {0: judge.verdict_on(None, again=again)} if judge else {}
     results: dict[str, list[Run | Failure]] = {}
     for contestant, _, folder in runs:
-        results.setdefault(contestant.label, []).append(result(folder, judge, start, chosen.iterations))
+        if (folder / "exit.txt").exists():  # all are, unless nothing was run
+            turn = result(folder, judge, start, chosen.iterations, again=again)
+            results.setdefault(contestant.label, []).append(turn)
     return results
 
 
-def result(folder: Path, judge: ppo_task.Judge | None, start: dict[int, Verdict], iterations: int) -> Run | Failure:
+def result(
+    folder: Path, judge: ppo_task.Judge | None, start: dict[int, Verdict], iterations: int, *, again: bool = False
+) -> Run | Failure:
     """What a turn came to, from what it left in its folder; no verdicts without a judge."""
     code = int((folder / "exit.txt").read_text())
     if code:
@@ -130,7 +138,7 @@ def result(folder: Path, judge: ppo_task.Judge | None, start: dict[int, Verdict]
     if len(probed.seconds) != iterations:
         return Failure(f"{len(probed.seconds)} iterations were counted instead of {iterations}")
     snapshots = {int(file.stem.removeprefix("policy-")): file for file in folder.glob("policy-*.safetensors")}
-    verdicts = {iteration: judge.verdict(file) for iteration, file in sorted(snapshots.items())} if judge else {}
+    verdicts = {n: judge.verdict_on(file, again=again) for n, file in sorted(snapshots.items())} if judge else {}
     return Run(**vars(probed), verdicts=start | verdicts)
 
 
@@ -140,23 +148,19 @@ def table(results: dict[str, list[Run | Failure]], reference: str, iterations: i
     judged = any(isinstance(turn, Run) and turn.rewards for turns in results.values() for turn in turns)
     columns += [f"reward after {iterations * EPISODES} episodes", "reward after our time"] if judged else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    own = [turn for turn in results.get(reference, []) if isinstance(turn, Run)]
-    time = fmean(turn.seconds_per_episode for turn in own) if own else float("nan")
-    rss = fmean(turn.rss for turn in own) if own else float("nan")
+    own = results.get(reference, [])
     for label, turns in results.items():
         runs = [turn for turn in turns if isinstance(turn, Run)]
         failures = {turn.message for turn in turns if isinstance(turn, Failure)}
         if runs:
-            equal_time = [
-                turn.reward_after(other.trained(iterations))
-                for turn, other in zip(turns, results.get(reference, []), strict=False)
-                if isinstance(turn, Run) and isinstance(other, Run)
-            ]
+            # a row that ran once is compared with our first turn alone, not with the mean of all of ours
+            beside = [(a, b) for a, b in zip(turns, own, strict=False) if isinstance(a, Run) and isinstance(b, Run)]
+            equal_time = [turn.reward_after(other.trained(iterations)) for turn, other in beside]
             cells = [
                 spread([turn.seconds_per_episode for turn in runs], 3),
-                f"{fmean(turn.seconds_per_episode for turn in runs) / time:.2f}",
+                ratio([(turn.seconds_per_episode, other.seconds_per_episode) for turn, other in beside]),
                 spread([float(turn.rss) for turn in runs], 0),
-                f"{fmean(turn.rss for turn in runs) / rss:.2f}",
+                ratio([(turn.rss, other.rss) for turn, other in beside]),
                 spread([float(turn.anonymous) for turn in runs], 0),
             ]
             if judged:
@@ -165,6 +169,11 @@ def table(results: dict[str, list[Run | Failure]], reference: str, iterations: i
         for message in sorted(failures):
             lines.append(f"| {label} | failed: {message.replace('|', '/')} |" + " |" * (len(columns) - 2))
     return lines
+
+
+def ratio(beside: Sequence[tuple[float, float]]) -> str:
+    """Mean of the first by the mean of the second."""
+    return f"{fmean(a for a, _ in beside) / fmean(b for _, b in beside):.2f}" if beside else "-"
 
 
 def write_report(

@@ -13,13 +13,14 @@ from typing import Any
 
 from benchmarks import ppo_task
 from benchmarks.ppo_task import STEPS, Task
-from benchmarks.ppo_turns import compete, ours, write_report
+from benchmarks.ppo_turns import TRAINED, compete, ours, write_report
 from benchmarks.turns import DTYPES, Contestant, environment, options
 
 NAME = "ppo_vs_llamafactory"
 # its own pins ask for a trl that its PPO cannot run with; these are the newest of the others that it accepts
 REQUIREMENTS = ("llamafactory==0.9.1", "torch==2.13.0", "numpy<2", "pyarrow<19", "pandas<2.3")
-NOTES = """
+NOTES = f"""
+{TRAINED}
 - **LLaMA-Factory** has one base too: policy and reward model are adapters on it, the reference is the policy without
   its adapter, and the critic is a head on the policy. Its KL coefficient is fixed at 0.2, so everybody has it (it is
   adaptive there, towards 6 nats, by at most 0.06% an iteration). It samples in micro-batches. It ends an answer also at
@@ -36,7 +37,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options(NAME, __doc__)
     short = DTYPES[chosen.dtype]
-    reference = f"ours, {short}"
+    reference = f"ours, upper half, {short}"
     python = environment(chosen.cache, "llamafactory", REQUIREMENTS)
     task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
     n = chosen.iterations
@@ -44,8 +45,9 @@ def main() -> None:
     contestants = [
         ours(task, n, reference),
         llamafactory(task, n, python, f"LLaMA-Factory, {short}", checkpointing=False),
-        ours(task, n, f"ours, {short}, trunk 0", "trunk=0", once=True),
-        ours(task, n, f"ours, {short}, checkpointing", "training.gradient_checkpointing=true"),
+        ours(task, n, f"ours, all layers, {short}", "trunk=0"),
+        ours(task, n, f"ours, upper half, {short}, checkpointing", "training.gradient_checkpointing=true"),
+        ours(task, n, f"ours, all layers, {short}, checkpointing", "trunk=0", "training.gradient_checkpointing=true"),
         llamafactory(task, n, python, f"LLaMA-Factory, {short}, checkpointing", checkpointing=True),
     ]
     title = "PPO against LLaMA-Factory 0.9.1"

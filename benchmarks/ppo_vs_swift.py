@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks import ppo_task
 from benchmarks.ppo_task import STEPS, Task
-from benchmarks.ppo_turns import compete, ours, write_report
+from benchmarks.ppo_turns import TRAINED, compete, ours, write_report
 from benchmarks.turns import DTYPES, Contestant, environment, options
 
 NAME = "ppo_vs_swift"
@@ -29,7 +29,8 @@ NF4 = {
     "bnb_4bit_quant_type": "nf4",
     "bnb_4bit_use_double_quant": True,
 }
-NOTES = """
+NOTES = f"""
+{TRAINED}
 - **ms-swift** runs TRL 0.29's PPOTrainer, which takes one `local_rollout_forward_batch_size` for sampling and scoring,
   which a row names. It holds a base each for policy, value and reward; the reference is the policy without its adapter.
 """
@@ -40,15 +41,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options(NAME, __doc__)
     short = DTYPES[chosen.dtype]
-    reference = f"ours, {short}"
+    reference = f"ours, upper half, {short}"
     python = environment(chosen.cache, "swift", REQUIREMENTS)
     task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
     n = chosen.iterations
     contestants = [
         ours(task, n, reference),
+        ours(task, n, f"ours, all layers, {short}", "trunk=0"),
         swift(task, n, python, f"ms-swift, {short}, rollouts of 32", rollout=32),
         swift(task, n, python, f"ms-swift, {short}, rollouts of 8", rollout=8, once=True),
-        ours(task, n, f"ours, nf4 in {short}", "quantization=nf4"),
+        ours(task, n, f"ours, upper half, nf4 in {short}", "quantization=nf4"),
         swift(task, n, python, f"ms-swift, nf4 in {short}, rollouts of 32", rollout=32, nf4=True),
         swift(task, n, python, f"ms-swift, nf4 in {short}, rollouts of 8", rollout=8, nf4=True, once=True),
     ]

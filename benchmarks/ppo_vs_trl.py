@@ -12,12 +12,13 @@ from typing import Any
 
 from benchmarks import ppo_task
 from benchmarks.ppo_task import STEPS, Task
-from benchmarks.ppo_turns import compete, ours, write_report
+from benchmarks.ppo_turns import TRAINED, compete, ours, write_report
 from benchmarks.turns import DTYPES, Contestant, environment, options
 
 NAME = "ppo_vs_trl"
 REQUIREMENTS = ("trl==1.12.0", "torch==2.13.0", "transformers==5.24.0", "peft==0.21.2", "bitsandbytes==0.50.2")
-NOTES = """
+NOTES = f"""
+{TRAINED}
 - **TRL** takes one `local_rollout_forward_batch_size` for sampling and scoring, which a row names. It holds a base each
   for policy, value and reward; the reference is the policy without its adapter. Its own example trains all weights of
   the value model; in the other rows LoRA was put into it.
@@ -29,15 +30,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options(NAME, __doc__)
     short = DTYPES[chosen.dtype]
-    reference = f"ours, {short}"
+    reference = f"ours, upper half, {short}"
     python = environment(chosen.cache, "trl", REQUIREMENTS)
     task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
     n = chosen.iterations
     contestants = [
         ours(task, n, reference),
+        ours(task, n, f"ours, all layers, {short}", "trunk=0"),
         trl(task, n, python, f"TRL, {short}, rollouts of 32", rollout=32),
         trl(task, n, python, f"TRL, {short}, rollouts of 8", rollout=8, once=True),
-        ours(task, n, f"ours, nf4 in {short}", "quantization=nf4"),
+        ours(task, n, f"ours, upper half, nf4 in {short}", "quantization=nf4"),
         trl(task, n, python, f"TRL, {short}, full value model, rollouts of 32", rollout=32, full_value=True, once=True),
         trl(task, n, python, f"TRL, nf4 in {short}", rollout=32, nf4=True, once=True),
     ]

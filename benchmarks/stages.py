@@ -25,10 +25,11 @@ PROMPT, COMPLETION = 64, 64  # tokens
 SEQUENCES = 16  # of an optimizer step; a pair is two
 MICRO_BATCH = 4
 STEPS = 8
-STAGES = ("sft", "rm", "dpo", "ppo")
+STAGES = {"sft": (), "rm": (), "dpo": (), "ppo": (), "ppo, all layers": ("trunk=0",)}
+"""The rows: a recipe each, with what it is told besides."""
 IMPORTS = ("trl:SFTTrainer", "trl:RewardTrainer", "trl:DPOTrainer", "rlhf_recipes:PPOTrainer")
 NOTES = [
-    "- LoRA r=16 on all linear layers; SFT trains all of them, the other stages the upper half.",
+    "- LoRA r=16. SFT trains it in all layers, the other stages in the upper half unless the row says so.",
     f"- {PROMPT} + {COMPLETION} tokens, {SEQUENCES} sequences an optimizer step, micro-batches of {MICRO_BATCH}.",
     "- Memory is the peak of the process less what it has after importing its libraries.",
     "- Tokens are those of the rows, each counted once. DPO scores them under the reference, too; PPO makes half of",
@@ -61,9 +62,9 @@ def main() -> None:
     data, runs = chosen.cache / "stages", chosen.cache / "runs" / "stages" / chosen.dtype
     write_rows(data, chosen.model)
     rows = [
-        Row(stage, setting, probe(contestant(chosen, data, stage, checkpointing), runs))
+        Row(label, setting, probe(contestant(chosen, data, label.split(",")[0], checkpointing, *more), runs))
         for setting, checkpointing in (("no checkpointing", False), ("checkpointing", True))
-        for stage in STAGES
+        for label, more in STAGES.items()
     ]
     head = header("The stages side by side", "stages", chosen, rows[0].cost)
     write("stages", [*head, *table(rows, chosen.dtype), "", *NOTES], chosen.dtype)

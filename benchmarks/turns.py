@@ -109,6 +109,11 @@ def options(
             "--only", default="", help="only the rows whose label this regular expression finds, for a trial"
         )
         parser.add_argument("--resume", action="store_true", help="keep the runs that are finished")
+        parser.add_argument(
+            "--judge",
+            choices=("kept", "again"),
+            help="run nothing: take the verdicts on the policies that lie in the cache, or judge them again",
+        )
     parser.add_argument(
         "--cache",
         type=Path,

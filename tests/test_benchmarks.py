@@ -5,9 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from benchmarks import (
     ppo_vs_llamafactory,
     ppo_vs_swift,
     ppo_vs_trl,
+    reward_scale,
     rollouts,
     stages,
     trained_window_pretrained,
@@ -88,14 +90,71 @@ def test_table_compares_with_ours_and_keeps_failures() -> None:
     assert len({len(row) for row in rows}) == 1
 
 
-def test_rewards_after_equal_episodes_are_those_of_the_turns_that_ran() -> None:
-    broken: list[Run | Failure] = [made(32.0), Failure("RuntimeError: a | b")]
-    lines = ppo_rewards.table({"ours": [made(32.0), made(32.0)], "broken": broken})
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+def cells_of(lines: Sequence[str]) -> list[list[str]]:
+    """The rows of a table without its rule, cell by cell."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if set(line) - set("|-")]
 
-    assert rows[0][1:3] == ["reward after 0 episodes", "reward after 256 episodes"]
-    assert rows[2] == ["ours", "0.00", "4.00", "2.00", f"{4 - 0.2 * 2:.2f}", "2 of 2"]
-    assert rows[3] == ["broken", *rows[2][1:-1], "1 of 2"]
+
+def test_a_row_that_ran_once_is_compared_with_our_first_turn() -> None:
+    results: dict[str, list[Run | Failure]] = {"ours": [made(32.0), made(64.0)], "once": [made(32.0)]}
+
+    _, ours, once = cells_of(table(results, "ours", 8))
+
+    assert (ours[1], ours[2]) == ("1.500 (1.000 to 2.000)", "1.00")
+    assert once[2] == "1.00", "it took what ours took in that turn, not 0.67 of our mean"
+
+
+def path(*points: tuple[float, float]) -> Run:
+    """A run of 20 iterations judged at equal distances: reward and KL, the base first."""
+    verdicts = {i * 20 // (len(points) - 1): Verdict(reward, kl, k3=2 * kl) for i, (reward, kl) in enumerate(points)}
+    return Run([100 + 32.0 * i for i in range(20)], 1000, 500, {}, 1, verdicts)
+
+
+def test_rewards_are_compared_at_equal_kl_and_at_equal_time() -> None:
+    far, near = path((0.0, 0.0), (1.0, 1.0), (1.5, 4.0)), path((0.0, 0.0), (0.8, 1.0))
+    results: dict[str, list[Run | Failure]] = {
+        "ours": [near, near],
+        "broken": [far, Failure("RuntimeError: a | b")],
+        "untimed": [far],
+    }
+
+    head, ours, broken, untimed = cells_of(ppo_rewards.table(results, {"ours": 1.0, "broken": 2.0}))
+
+    assert head[5:7] == ["reward at a KL of 0.50", "reward at a KL of 1.00"], "all runs came to 1"
+    assert ours[1:5] == ["0.80", "1.00", "2.00", "0.60 ± 0.00"] and ours[6] == "0.80"
+    assert broken[1:4] == ["1.50", "4.00", "8.00"] and broken[6] == "1.00", "less its KL, it is no better"
+    assert (ours[8], broken[8], untimed[8]) == ("0.80", "1.00", "-"), "half of the episodes at twice the time"
+    assert (ours[9], broken[9]) == ("2 of 2", "1 of 2")
+
+
+def test_reward_at_a_kl_goes_with_its_root_and_is_none_beyond_the_run() -> None:
+    run = path((0.0, 0.0), (1.0, 4.0), (2.0, 2.0), (3.0, 9.0))
+
+    assert ppo_rewards.reward_at(run, 1.0) == pytest.approx(0.5), "half of the way in the root"
+    assert ppo_rewards.reward_at(run, 4.0) == pytest.approx(1.0), "where the run first comes to it"
+    assert ppo_rewards.reward_at(run, 9.5) is None
+
+
+def test_times_are_read_off_the_tables_of_times(tmp_path: Path) -> None:
+    for name, rows in {
+        "ppo_vs_llamafactory": ["ours, upper half, bf16 | 0.4 | 1.00", "LLaMA-Factory, bf16 | 0.8 | 1.90"],
+        "ppo_vs_swift": ["ms-swift, bf16, rollouts of 32 | 0.8 | 1.85", "ms-swift, bf16, rollouts of 8 | 0.9 | 2.3"],
+        "ppo_vs_trl": ["TRL, bf16, rollouts of 32 | failed: RuntimeError | "],
+    }.items():
+        (tmp_path / f"{name}.md").write_text("\n".join(f"| {row} |" for row in rows))
+
+    assert ppo_rewards.times(tmp_path, "bfloat16") == {"ours, upper half": 1.0, "LLaMA-Factory": 1.9, "ms-swift": 1.85}
+    assert ppo_rewards.times(tmp_path, "float32") == {}
+
+
+def test_curves_of_reward_against_kl_are_drawn_by_tool(tmp_path: Path) -> None:
+    runs = {"ours": [path((0.0, 0.0), (1.0, 1.0))], "failed everywhere": []}
+
+    ppo_rewards.draw(runs, tmp_path / "curves.svg")
+    _, ours, none = cells_of(ppo_rewards.curves(runs))
+
+    assert "KL to the base, nats per completion" in (tmp_path / "curves.svg").read_text()
+    assert ours == ["ours", "0.00 (0.00)", "1.00 (1.00)"] and none[1:] == ["-", "-"]
 
 
 def test_a_windows_reward_after_equal_time_is_that_of_the_default_window_in_all_of_its_episodes() -> None:
@@ -142,6 +201,70 @@ def test_the_dtype_is_bf16_where_the_cpu_multiplies_it(fast: bool, dtype: str, m
     assert turns.options("stages", None, task=False).dtype == "bfloat16"
 
 
+def test_the_judge_counts_the_kl_over_the_whole_vocabulary_and_keeps_its_verdicts(
+    tiny_llama: Callable[..., Any], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+    from transformers import LlamaForSequenceClassification
+
+    monkeypatch.setattr(ppo_task, "NEW_TOKENS", 1)  # the KL of one token needs no samples
+    made, words = ppo_task.Task(tmp_path, "float32"), ["w1", "w2 w3"]
+    tokenizer.chat_template = "{% for m in messages %}w9 {{ m.content.split()[-1] }} {% endfor %}"
+    base = tiny_llama()
+    for model in (base, LlamaForSequenceClassification(base.config)):
+        folder = made.base if model is base else made.classifier
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    ppo_task.write_lines(made.held_out, [{"prompt": [{"role": "user", "content": text}]} for text in words])
+    lora = LoraConfig(r=ppo_task.RANK, lora_alpha=ppo_task.ALPHA, target_modules="all-linear", init_lora_weights=False)
+    policy = get_peft_model(base, lora)
+    save_file(get_peft_model_state_dict(policy), tmp_path / "policy-4.safetensors")
+
+    ids = torch.tensor([[tokenizer.convert_tokens_to_ids(w) for w in ("w9", last)] for last in ("w1", "w3")])
+    with torch.no_grad():
+        p = policy(input_ids=ids).logits[:, -1].log_softmax(-1)
+        with policy.disable_adapter():
+            q = policy(input_ids=ids).logits[:, -1].log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1).mean().item()
+    judge = ppo_task.Judge(made)
+
+    start, verdict = judge.verdict_on(None), judge.verdict_on(tmp_path / "policy-4.safetensors")
+
+    assert verdict.kl == pytest.approx(exact, rel=1e-4) and verdict.k3 != pytest.approx(exact, rel=1e-2)
+    assert (start.kl, start.k3) == (0.0, 0.0)
+    monkeypatch.setattr(judge, "verdict", lambda _: Verdict(9.0, 9.0))
+    assert judge.verdict_on(tmp_path / "policy-4.safetensors") == verdict
+    assert judge.verdict_on(tmp_path / "policy-4.safetensors", again=True).reward == 9.0
+
+
+def test_policies_are_judged_without_running_anything(
+    chosen: argparse.Namespace, task: ppo_task.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen.judge = "kept"
+    cost = {"seconds": [1.0, 33.0], "before": {"rss": 1, "anonymous": 1}, "peak": {"rss": 3, "anonymous": 2}}
+    folder = chosen.cache / "runs" / "costs" / chosen.dtype / "ours" / "0"
+    folder.mkdir(parents=True)
+    (folder / "exit.txt").write_text("0")
+    (folder / "probe.json").write_text(json.dumps(cost | {"versions": {}, "threads": 1}))
+    (folder / "policy-2.safetensors").touch()
+    asked: list[Path | None] = []
+
+    def verdict_on(snapshot: Path | None, *, again: bool) -> Verdict:
+        asked.append(snapshot)
+        return Verdict(1.0, 0.5)
+
+    monkeypatch.setattr(ppo_task, "Judge", lambda task: argparse.Namespace(verdict_on=verdict_on))
+    monkeypatch.setattr(ppo_turns, "run", None)
+    contestants = [Contestant(label, Path(sys.executable), [], lambda *_: []) for label in ("ours", "never run")]
+
+    results = ppo_turns.compete(contestants, task, chosen, "costs")
+
+    assert list(results) == ["ours"] and asked == [None, folder / "policy-2.safetensors"]
+
+
 @pytest.fixture(params=["bfloat16", "float32"])
 def chosen(request: pytest.FixtureRequest, tmp_path: Path) -> argparse.Namespace:
     """A command line with either dtype."""
@@ -153,6 +276,7 @@ def chosen(request: pytest.FixtureRequest, tmp_path: Path) -> argparse.Namespace
         cache=tmp_path,
         only="",
         resume=False,
+        judge=None,
         dtype=request.param,
     )
 
@@ -220,7 +344,9 @@ def test_tasks_and_runs_of_two_dtypes_lie_apart(
     folders: list[Path] = []
     monkeypatch.setattr(ppo_turns, "run", lambda contestant, folder, *_, **__: folders.append(folder))
     monkeypatch.setattr(ppo_turns, "result", lambda *_: Failure(""))
-    monkeypatch.setattr(ppo_task, "Judge", lambda task: argparse.Namespace(verdict=lambda adapter: Verdict(0.0, 0.0)))
+    monkeypatch.setattr(
+        ppo_task, "Judge", lambda task: argparse.Namespace(verdict_on=lambda *_, **__: Verdict(0.0, 0.0))
+    )
     same = Contestant("ours", Path(sys.executable), [], lambda folder, seed: [])
     ppo_turns.compete([same], task, chosen, "campaign")
     assert folders == [chosen.cache / "runs" / "campaign" / chosen.dtype / "ours" / "0"]
@@ -246,6 +372,52 @@ def test_a_report_names_its_dtype(chosen: argparse.Namespace) -> None:
     assert text.startswith(f"# Title, in {short}\n") and f"--dtype {chosen.dtype}`, Model in {short}," in text
     assert f"| stage | in {short} |" in text and f"| micro-batches, {short} |" in text
     assert other not in text
+
+
+def test_stages_are_compared_with_sft_at_equal_trained_layers_too(chosen: argparse.Namespace, tmp_path: Path) -> None:
+    label, more = next(row for row in stages.STAGES.items() if "all layers" in row[0])
+
+    program = stages.contestant(chosen, tmp_path, label.split(",")[0], False, *more).program(tmp_path, 0)
+
+    assert program[1] == "recipes.ppo" and "trunk=0" in program
+
+
+@pytest.mark.parametrize("rival", [ppo_vs_llamafactory, ppo_vs_swift, ppo_vs_trl, ppo_rewards])
+def test_every_rival_stands_beside_ours_with_all_layers_trained(
+    rival: Any, chosen: argparse.Namespace, task: ppo_task.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside: list[Contestant] = []
+    chosen.judge = "kept"
+    monkeypatch.setattr(rival, "options", lambda *_, **__: chosen)
+    monkeypatch.setattr(rival, "environment", lambda *_: Path(sys.executable))
+    monkeypatch.setattr(ppo_task, "prepare", lambda *_: task)
+    monkeypatch.setattr(ppo_vs_llamafactory, "translate", lambda *_: None)
+    monkeypatch.setattr(rival, "compete", lambda contestants, *_: beside.extend(contestants) or sys.exit())
+
+    with pytest.raises(SystemExit):
+        rival.main()
+
+    programs = {one.label: one.program(task.folder, 0) for one in beside if not one.rival}
+    assert all(("trunk=0" in program) == ("all layers" in label) for label, program in programs.items())
+    assert {"ours, upper half", "ours, all layers"} <= {", ".join(label.split(", ")[:2]) for label in programs}
+    assert not any(one.once for one in beside if one.label in programs), "ours run in every turn"
+
+
+def test_a_scaled_reward_adapter_scores_as_many_times_as_much(tmp_path: Path) -> None:
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / "head.json").write_text(json.dumps({"mean": 3.0, "std": 2.0}))
+
+    folder = reward_scale.scaled(tmp_path / "rm", 20.0, tmp_path / "copy")
+
+    mean, std = json.loads((folder / "head.json").read_text()).values()
+    assert (7.0 - mean) / std == 20.0 * (7.0 - 3.0) / 2.0
+
+
+def test_what_ppo_learns_is_told_by_the_scale_of_its_reward() -> None:
+    log = [{"explained_variance": 0.0, "reward": 0.0, "kl": 0.0}, {"eval_reward": 1.0}]
+    log += [{"explained_variance": 0.5, "reward": 10.0, "kl": 0.7}]
+
+    assert cells_of([reward_scale.row("function | x 20", [log], 20.0)])[0][2:] == ["0.50", "0.500", "0.70"]
 
 
 def test_growth_is_told_by_the_token_and_drawn(tmp_path: Path) -> None:
