@@ -10,7 +10,8 @@ Linux only; about 20 minutes.
 
 With --pretended-gpu the recipes run on benchmarks.pretend_gpu, where the code of a GPU is taken, and what lived there
 is counted; no base in 8 bits runs there. The plan takes all tokens of SFT and DPO for scored ones, and here nearly all
-are: where prompts are long, TRL's LM head takes less on a GPU. It writes benchmarks/results/plan_pretended_gpu.md.
+are: where prompts are long, TRL's LM head takes less on a GPU. It writes benchmarks/results/plan_pretended_gpu.md. That
+is a check of consistency: plan and count follow the same code over the same tensors, and no card was measured.
 """
 
 import argparse
@@ -272,8 +273,9 @@ def predict(row: Row, folder: Path, device: str) -> None:
 def report(done: list[Row], note: str, chosen: argparse.Namespace) -> str:
     """The tables in Markdown, with the paragraph of this program's description that fits."""
     command = "python -m benchmarks.plan" + " --pretended-gpu" * chosen.pretended_gpu
+    found = "counted" if chosen.pretended_gpu else "measured"
     lines = [
-        "# Predicted and measured peak memory",
+        f"# Predicted and {found} peak memory",
         "",
         f"`{command}`, {date.today()}, CPU, one thread, {platform.system()} {platform.machine()}.",
         f"Versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}.",
@@ -289,8 +291,8 @@ def report(done: list[Row], note: str, chosen: argparse.Namespace) -> str:
         errors = [abs(row.error) for row in done if row.stage == stage]
         mean, largest = sum(errors) / len(errors), max(errors)
         lines.append(f"| {stage} | {len(errors)} | {mean:.1%} | {largest:.1%} |")
-    columns = "stage | model | micro-batch x tokens | overrides | peak comes in | predicted, MB | measured, MB | error"
-    lines += ["", f"| {columns} |", "|---" * 8 + "|"]
+    columns = "stage | model | micro-batch x tokens | overrides | peak comes in | predicted, MB"
+    lines += ["", f"| {columns} | {found}, MB | error |", "|---" * 8 + "|"]
     for row in done:
         given = " ".join(f"`{o}`" for o in row.overrides)
         cells = [row.stage, Path(row.model).name, f"{row.rows} x {row.length}", given, row.phase]

@@ -33,7 +33,7 @@ RANK, ALPHA = 16, 32
 LEARNING_RATE = 3e-4
 KL_COEFFICIENT = 0.2  # LLaMA-Factory's, which cannot be set there; so it is everybody's
 HELD_OUT = 64  # prompts
-SAMPLES = 8  # completions of each that the judge reads: the mean reward is known to about 0.05
+SAMPLES = 4  # completions of each that the judge reads; verdicts say how well the means are known
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import (
+    embedded,
     gpu_cards,
     growth,
     overhead,
@@ -36,6 +37,7 @@ from benchmarks.trained_window import WINDOWS
 from benchmarks.trained_window_pretrained import Window
 from benchmarks.turns import Contestant, error_line, spread
 from rlhf_recipes.config import compose
+from rlhf_recipes.evaluation import Interval
 
 
 def made(step: float, *, rewards: dict[int, float] | None = None) -> Run:
@@ -535,3 +537,14 @@ def test_cells_are_the_recipes_with_the_cards_own_preset(stage: str, card: int, 
 
     assert cfg.quantization.load_in_4bit and cfg.training.per_device_train_batch_size in (1, 2, 4, 8)
     assert cell.tokens(cell.arguments(tmp_path)) == 768 * {"sft": 32, "rm": 64, "dpo": 64, "ppo": 128}[stage]
+
+
+def test_the_best_of_ppos_checkpoints_is_marked_beside_the_one_that_was_kept() -> None:
+    def look(step: int, objective: float, kept: bool) -> embedded.Look:
+        kl = Interval(0.5, 0.01)
+        return embedded.Look(step, Interval(0.6, 0.1), kl, Interval(objective, 0.1), Interval(0.5, 0.04), kept)
+
+    first, last = cells_of(embedded.checkpoint_rows(3, [look(42, 0.3, True), look(84, 0.4, False)]))
+
+    assert first == ["3", "42", "0.600 ± 0.100", "0.500 ± 0.010", "0.300 ± 0.100", "yes", "", "8.0%"]
+    assert last[5:7] == ["", "yes"]
