@@ -41,7 +41,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     back_off(trainer, pairs=True)
     watched = watch(trainer, roles, tokenizer, cfg, unseen)
     terminal.progress(trainer, "dpo")
-    trainer.train(resume_from_checkpoint=stage.resume_from)
+    stage.train(trainer)
 
     watched.save(stage.saving)
     evaluated = trainer.evaluate()

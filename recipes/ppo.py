@@ -42,7 +42,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     )
     watched = watch(trainer, trainer.roles, tokenizer, cfg, unseen)
     terminal.progress(trainer, "ppo")
-    trainer.train(resume_from_checkpoint=stage.resume_from)
+    stage.train(trainer)
 
     watched.save(stage.saving)
     best = {args.metric_for_best_model or "objective": trainer.state.best_metric}

@@ -34,7 +34,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     models.thaw(model, cfg.trunk, cfg.frozen_top)
     back_off(trainer, pairs=True)
     terminal.progress(trainer, "rm")
-    trainer.train(resume_from_checkpoint=stage.resume_from)
+    stage.train(trainer)
 
     chosen, rejected = reward_model.pair_scores(model, heldout, tokenizer, args.per_device_eval_batch_size)
     figures = reward_model.agreement(chosen, rejected, heldout["prompt"], reward_model.longer(heldout))

@@ -34,7 +34,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     roles = models.thaw(policy, trunk=0)
     back_off(trainer)
     terminal.progress(trainer, "sft")
-    trainer.train(resume_from_checkpoint=stage.resume_from)
+    stage.train(trainer)
 
     figures = {"loss": trainer.evaluate()["eval_loss"]}
     changes = evaluation.changes(cfg, asked, roles, tokenizer, {"base": None, "sft": POLICY})

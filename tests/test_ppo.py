@@ -550,6 +550,18 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(make_trainer, tiny_pol
     assert unbroken.kl.coef == resumed.kl.coef
 
 
+def test_why_training_stopped_is_known_after_a_resume_and_with_the_best_checkpoint(make_trainer, tmp_path):
+    settings = {"kl_budget": 1e-6, "max_steps": 40, "learning_rate": 0.05, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"num_iterations": 1, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 16}
+    stopped = make_trainer(**settings)
+    stopped.train()
+    last, first = f"checkpoint-{stopped.state.global_step}", "checkpoint-1"
+    resumed = make_trainer(**settings)
+    for checkpoint in (last, first):
+        resumed._load_from_checkpoint(str(tmp_path / "out" / checkpoint))
+        assert stopped.stop_reason is not None and resumed.stop_reason == stopped.stop_reason
+
+
 def test_a_resumed_run_with_an_ensemble_equals_an_unbroken_one(
     make_trainer, make_reward_adapter, tiny_policy, tmp_path
 ):

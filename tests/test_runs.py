@@ -285,6 +285,57 @@ def test_transformers_writes_the_file_last_that_completeness_is_read_from(
         assert stage_module._complete(folder)
 
 
+@pytest.fixture
+def trained(config, tiny_policy, tokenizer):
+    """A function that opens a stage and trains in it, to step 10 in epochs of eight, the best checkpoint being that of
+    step 4; it is broken off in its final evaluation, or finished."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = Dataset.from_list([{"prompt": f"w{i}", "completion": f" w{i % 3}"} for i in range(32)])
+    settings = {
+        **{"max_steps": 10, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "bf16": False},
+        **{"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "save_total_limit": 1, "logging_steps": 1},
+        **{"metric_for_best_model": "eval_loss", "greater_is_better": True, "report_to": "none", "disable_tqdm": True},
+    }
+
+    def train(finish, load_best=True):
+        with opened(config(), "sft") as stage:
+            args = SFTConfig(str(stage.checkpoints_dir), load_best_model_at_end=load_best, **settings)
+            trainer = SFTTrainer(
+                tiny_policy(), args, train_dataset=rows, eval_dataset=rows.select(range(4)), processing_class=tokenizer
+            )
+            stage.train(trainer)
+            there = sorted(p.name for p in stage.checkpoints_dir.glob("checkpoint-*"))
+            if finish:
+                stage.finish({}, save=trainer.save_model)
+        return stage, trainer, there
+
+    return train
+
+
+def test_the_newest_checkpoint_stays_until_the_stage_is_finished(trained):
+    _, _, there = trained(finish=False)
+    assert there == ["checkpoint-10", "checkpoint-4"]
+    resumed, trainer, _ = trained(finish=True)
+    assert resumed.resume_from.endswith("checkpoint-10")
+    assert [p.name for p in resumed.checkpoints_dir.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_training_that_had_ended_takes_no_step_more(trained, tmp_path, best):
+    """The Trainer would take one: step 10 is in the middle of an epoch."""
+    stage, unbroken, _ = trained(finish=True, load_best=best)
+    stage.path.rename(tmp_path / "unbroken")
+    trained(finish=False, load_best=best)
+    stage, resumed, _ = trained(finish=True, load_best=best)
+    assert stage.state == "resume" and resumed.state.global_step == 10
+    assert Made.read(tmp_path / "unbroken").fingerprint == Made.read(stage.path).fingerprint
+    steps = [[row["step"] for row in trainer.state.log_history] for trainer in (unbroken, resumed)]
+    assert steps[1] == steps[0][:-1]  # without the summary of the training, of which nothing was left
+
+
 TRAINING = """
     import os, sys
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -325,7 +376,7 @@ TRAINING = """
             learning_rate=1e-2, bf16=False, report_to="none", disable_tqdm=True,
         )
         trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-        trainer.train(resume_from_checkpoint=stage.resume_from)
+        stage.train(trainer)
         stage.finish({}, save=trainer.save_model)
 """
 

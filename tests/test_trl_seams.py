@@ -16,7 +16,7 @@ import trl.trainer.utils
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
-from transformers import GenerationMixin, PreTrainedModel, Trainer
+from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerControl
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousMixin
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer
 from trl.generation.vllm_generation import VLLMGeneration
@@ -261,6 +261,15 @@ def test_trainer_state_is_the_last_file_of_a_checkpoint():
     state = text.index("TRAINER_STATE_NAME")
     assert state > text.index("self.save_model(") and state > text.index("self._save_optimizer_and_scheduler(")
     assert state > text.index("self._save_rng_state(")
+
+
+def test_a_trainer_looks_whether_to_stop_only_after_a_step_and_says_in_its_checkpoints_that_it_will():
+    """Runs replace the epochs of a training that had ended, and tell it by the control in the newest checkpoint."""
+    assert "self._run_epoch(" in source(Trainer._inner_training_loop)
+    epoch = source(Trainer._run_epoch)
+    assert epoch.index("self.training_step(") < epoch.index("self.control.should_training_stop")
+    assert "should_training_stop" in TrainerControl().state()["args"]
+    assert "self.callback_handler.callbacks + [self.control]" in source(Trainer._save_checkpoint)
 
 
 def test_log_probabilities_and_entropies_are_those_of_the_tempered_logits():

@@ -607,6 +607,7 @@ class PPOTrainer(GRPOTrainer):
                 "kl_coef": self.kl.coef,
                 "critic_ready": self.critic_ready,
                 "warmed_up_iterations": self.warmed_up_iterations,
+                "stop_reason": self.stop_reason,
             }
             (folder / STATE_FILE).write_text(json.dumps(state))
 
@@ -618,6 +619,7 @@ class PPOTrainer(GRPOTrainer):
         state = json.loads((folder / STATE_FILE).read_text())
         self.kl.coef = state["kl_coef"]
         self.critic_ready, self.warmed_up_iterations = state["critic_ready"], state["warmed_up_iterations"]
+        self.stop_reason = self.stop_reason or state["stop_reason"]  # the best checkpoint was saved before the stop
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

@@ -8,7 +8,7 @@ Nothing here imports torch: a skip takes a moment.
         if stage.state != "skip":
             args = build(RewardConfig, cfg.training, output_dir=str(stage.checkpoints_dir))
             ...                                         # stage.adapter("sft") is the SFT adapter's folder
-            trainer.train(resume_from_checkpoint=stage.resume_from)
+            stage.train(trainer)
             stage.finish(metrics, save=trainer.save_model)
 """
 

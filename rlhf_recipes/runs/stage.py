@@ -65,6 +65,7 @@ class Stage:
     predecessors: dict[str, Made] = field(default_factory=dict)
     _lock: IO[str] | None = None
     _memory: PeakMemory | None = None
+    _spare: list[Path] = field(default_factory=list)  # checkpoints that go when the stage is finished
 
     @classmethod
     def open(
@@ -223,6 +224,26 @@ class Stage:
         if self._lock:
             disk.write_json(self.path / MANIFEST, self.manifest)
 
+    def train(self, trainer: Any) -> None:
+        """Train, in a resume from the checkpoint on, and keep the newest checkpoint until the stage is finished.
+
+        With `save_total_limit=1` the Trainer deletes it when training ends, unless it is the best one: a kill in the
+        final evaluation would cost all steps since the best. From a checkpoint at which training had ended, the Trainer
+        would take one more step before it looks whether to stop.
+        """
+        args, one = trainer.args, trainer.args.save_total_limit == 1 and trainer.args.metric_for_best_model
+        if one:
+            args.save_total_limit = 2  # the best and the newest one, which are there during training anyway
+        ended = self.resume_from is not None and _training_ended(Path(self.resume_from))
+        if ended:
+            trainer._run_epoch = lambda **_: None
+        trainer.train(resume_from_checkpoint=self.resume_from)
+        if ended:  # the Trainer's summary is one of no steps
+            trainer.state.log_history = [row for row in trainer.state.log_history if "train_loss" not in row]
+        if one and (best := trainer.state.best_model_checkpoint):
+            kept = Path(best).name
+            self._spare = [p for p in self.checkpoints_dir.glob("checkpoint-*") if p.name != kept]
+
     def finish(
         self,
         metrics: Mapping[str, Any],
@@ -280,6 +301,8 @@ class Stage:
                 disk.write(self.path / LOG, "".join(f"{json.dumps(disk.plain(row))}\n" for row in log))
             disk.write(self.path / "README.md", model_card(chain, disk.plain(metrics)))
             disk.write_json(self.path / MANIFEST, self.manifest)
+            for checkpoint in self._spare:
+                shutil.rmtree(checkpoint, ignore_errors=True)
         except Exception as error:
             if fault := disk.disk_fault(error, self.path):
                 raise fault from error
@@ -439,17 +462,26 @@ def _newest_checkpoint(path: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
-def _complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to the end.
+def _trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """The trainer's own state in a checkpoint; empty in one that was not written to the end.
 
     Source: `transformers.Trainer._save_checkpoint` writes model, optimizer, scheduler, random state, and the trainer's
     own state last; older checkpoints are removed after that.
     """
     try:
-        step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return checkpoint.name == f"checkpoint-{step}"
+        return dict(json.loads((checkpoint / "trainer_state.json").read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _complete(checkpoint: Path) -> bool:
+    return checkpoint.name == f"checkpoint-{_trainer_state(checkpoint).get('global_step')}"
+
+
+def _training_ended(checkpoint: Path) -> bool:
+    """Whether training was over at a checkpoint: by its number of steps, or since a callback stopped it."""
+    control = _trainer_state(checkpoint).get("stateful_callbacks", {}).get("TrainerControl", {})
+    return bool(control.get("args", {}).get("should_training_stop"))
 
 
 def _main_process() -> bool:
