@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import sys
 import time
@@ -23,6 +24,8 @@ from rlhf_recipes.runs import disk
 
 if TYPE_CHECKING:
     from rlhf_recipes.evaluation import Sample
+
+logger = logging.getLogger(__name__)
 
 RewardFunction = Callable[..., list[float | None]]
 """TRL's signature: `f(prompts, completions, completion_ids, **columns_of_the_dataset) -> one score per completion`."""
@@ -169,7 +172,11 @@ def function(path: str) -> RewardFunction:
 
 
 def called(function: RewardFunction, made: "Sequence[Sample]") -> list[float | None]:
-    """The scores of samples by a reward function, called as TRL calls it; it may be a coroutine."""
+    """The scores of samples by a reward function, called as TRL calls it; it may be a coroutine. NaN is None: no score.
+
+    Raises:
+        UserError: not as many scores as samples.
+    """
     scores: Any = function(
         prompts=[s.prompt for s in made],
         completions=[
@@ -178,7 +185,13 @@ def called(function: RewardFunction, made: "Sequence[Sample]") -> list[float | N
         ],
         completion_ids=[s.completion_ids for s in made],
     )
-    return list(asyncio.run(scores) if inspect.iscoroutine(scores) else scores)
+    found = list(asyncio.run(scores) if inspect.iscoroutine(scores) else scores)
+    name = getattr(function, "__name__", function)
+    if len(found) != len(made):
+        raise UserError(f"the reward function {name} gave {len(found)} scores for {len(made)} completions")
+    if undefined := sum(score is not None and score != score for score in found):
+        logger.warning("%s gave NaN for %s of %s completions: they count as not scored", name, undefined, len(made))
+    return [None if score is None or score != score else float(score) for score in found]
 
 
 def mark(folder: Path) -> str:

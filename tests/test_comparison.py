@@ -351,6 +351,19 @@ def test_a_function_scores_the_answers(tmp_path):
     assert judge.verdicts(found["a"], found["b"]) == [1, 0.5]
 
 
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_nan_is_no_verdict_whichever_side_it_is_on(side):
+    scores = {"a": [1.0, 2.0], "b": [1.0, 0.0]}
+    scores[side] = [math.nan, *scores[side][1:]]
+    assert judges.Scores("s", scores).verdicts(answers("a", []), answers("b", [])) == [None, 1]
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan])
+def test_a_judge_that_scores_no_answer_of_a_policy_is_refused(nothing):
+    with pytest.raises(UserError, match="s scores none of the 2 answers of b"):
+        judges.Scores("s", {"a": [1.0, 2.0], "b": [nothing] * 2})
+
+
 @pytest.mark.parametrize(("body", "told"), [("1 / 0", "ZeroDivisionError"), ("[1.0]", "gave 1 scores for 2")])
 def test_a_function_that_fails_is_told(tmp_path, body, told):
     found = {"a": answers("a", [("p", "one two three"), ("p", "one")])}

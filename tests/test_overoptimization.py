@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 STEPS = ["training.max_steps=4", "training.eval_steps=2", "training.save_steps=2"]
 FEW = ["evaluation.prompts=4", "evaluation.samples=1"]
 ONLY_FEW = [
-    "guard.prompts=4",
+    "guard.prompts=8",
     "guard.samples=2",
     "guard.root_kl_step=0",
     "training.value_warmup_max_iterations=0",
@@ -67,7 +67,7 @@ def test_a_sweep_of_reward_models_is_an_ensemble_and_one_of_them_the_guard(share
 
 @pytest.mark.slow
 def test_dpo_is_guarded_too(shared):
-    settings = ["guard=gold", "guard.prompts=4", "guard.samples=2", "guard.stop=true", "training.beta=0.01"]
+    settings = ["guard=gold", "guard.prompts=8", "guard.samples=2", "guard.stop=true", "training.beta=0.01"]
     done("dpo", *shared, *STEPS, *settings)
     made = of_run(shared) / "dpo"
     points = json.loads((made / "guard.json").read_text())["points"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -31,15 +32,23 @@ class Judge(Protocol):
 
 
 class Scores:
-    """A judge that scores every answer by itself."""
+    """A judge that scores every answer by itself; None and NaN are no score.
+
+    Raises:
+        UserError: no answer of some policy has a score.
+    """
 
     def __init__(self, name: str, scores: Mapping[str, Sequence[float | None]], *, evidence: bool = True):
-        self.name, self.scores, self.evidence = name, scores, evidence
+        self.name, self.evidence = name, evidence
+        self.scores = {policy: [math.nan if s is None else s for s in of] for policy, of in scores.items()}
+        for policy, of in self.scores.items():
+            if of and all(map(math.isnan, of)):
+                raise UserError(f"{name} scores none of the {len(of)} answers of {policy} (all are None or NaN)")
 
     def verdicts(self, policy: Answers, baseline: Answers) -> list[float | None]:
         """See `Judge`."""
         pairs = zip(self.scores[policy.name], self.scores[baseline.name], strict=True)
-        return [None if a is None or b is None else (a > b) + 0.5 * (a == b) for a, b in pairs]
+        return [None if a != a or b != b else (a > b) + 0.5 * (a == b) for a, b in pairs]
 
 
 class Preferences:
@@ -107,13 +116,11 @@ def truth_is_known(cfg: DictConfig) -> bool:
 
 def _called(path: str, answers: Answers) -> list[float | None]:
     try:
-        scores = rewards.called(rewards.function(path), answers.made)
-        found = [None if score is None or score != score else float(score) for score in scores]
+        return rewards.called(rewards.function(path), answers.made)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"judge.function={path} fails: {type(error).__name__}: {error}") from error
-    if len(found) != len(answers.made):
-        raise UserError(f"judge.function={path} gave {len(found)} scores for {len(answers.made)} completions")
-    return found
 
 
 def _scored(cfg: DictConfig, answers: Mapping[str, Answers]) -> dict[str, list[float | None]]:

@@ -358,13 +358,15 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
         found.append("reward: it comes from nowhere; set reward.model, reward.functions or reward.url")
     evaluates = values.get("training.eval_strategy", "no") != "no"
     if any(values.get(f"guard.{source}") for source in ("gold", "model", "functions", "url")):
-        if values.get("guard.prompts", 2) < 2:
-            found.append(f"guard.prompts={values['guard.prompts']}: at least 2; guard=none for no guard")
-        if values.get("guard.samples", 2) < 2:
+        from rlhf_recipes.guard.turning import PROMPTS
+
+        if values.get("guard.prompts", PROMPTS) < PROMPTS:
             found.append(
-                f"guard.samples={values['guard.samples']}: at least 2; on one half of them the best evaluation is "
-                "chosen, on the other measured"
+                f"guard.prompts={values['guard.prompts']}: at least {PROMPTS}, since fewer do not tell a fall from "
+                "noise; guard=none for no guard"
             )
+        if values.get("guard.samples", 1) < 1:
+            found.append(f"guard.samples={values['guard.samples']}: at least 1")
         if not evaluates:
             found.append("guard: it looks at every evaluation, and there are none; add training.eval_strategy=steps")
     if "reward.model" in values and evaluates and values.get("evaluation.prompts") == 0:

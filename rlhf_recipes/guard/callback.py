@@ -23,8 +23,9 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from rlhf_recipes import data, evaluation
+from rlhf_recipes.errors import UserError
 from rlhf_recipes.guard.scorer import Scorer
-from rlhf_recipes.guard.turning import Halves, History, Point, Turn
+from rlhf_recipes.guard.turning import PROMPTS, History, Point, Turn
 from rlhf_recipes.roles import POLICY, REFERENCE, Roles
 
 logger = logging.getLogger(__name__)
@@ -71,20 +72,22 @@ class Guard(TrainerCallback, ExportableState):
         self.prompts: Dataset | None = None
         self.history = History(looks=1, tolerance=0.0 if scorer is None else scorer.cfg.tolerance)
         self.warning: str | None = None
+        self.certain = False  # whether the warning is one to stop at
         self.training = False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
-        return {"args": {}, "attributes": {"history": self.history.state(), "warning": self.warning}}
+        told = {"warning": self.warning, "certain": self.certain}
+        return {"args": {}, "attributes": {"history": self.history.state(), **told}}
 
     @property
     def stop_reason(self) -> str | None:
         """Why training was stopped, if the guard did."""
-        return self.warning if self.scorer is not None and self.scorer.cfg.stop else None
+        return self.warning if self.certain and self.scorer is not None and self.scorer.cfg.stop else None
 
     @property
     def figures(self) -> dict[str, object]:
-        """For `metrics.json`: the warning, where there is a guard that does not stop."""
+        """For `metrics.json`: the warning, where there is a guard that did not stop."""
         return {} if self.scorer is None or self.stop_reason else {"over_optimized": self.warning}
 
     def save(self, folder: Path) -> None:
@@ -97,10 +100,13 @@ class Guard(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         saved = state.stateful_callbacks[type(self).__name__]["attributes"]  # of the checkpoint, in a resume
-        self.history, self.warning = History.from_state(saved["history"]), saved["warning"]
+        self.history = History.from_state(saved["history"])
+        self.warning, self.certain = saved["warning"], saved["certain"]
         looks = state.num_train_epochs if args.eval_strategy == "epoch" else state.max_steps / state.eval_steps
         self.history.looks = 1 + math.ceil(looks)
         self.training = True
+        if self.scorer is not None:
+            self._load_prompts(self.scorer)
         control.should_training_stop = self.stop_reason is not None
         return control
 
@@ -119,15 +125,15 @@ class Guard(TrainerCallback, ExportableState):
             metrics["eval_guard"] = points[-1].score  # the Trainer looks here for `metric_for_best_model`
             return control
         found = [self._measured(scorer, state.global_step, metrics) if state.is_world_process_zero else None]
-        point, halves = broadcast_object_list(found)[0]
+        point, scores = broadcast_object_list(found)[0]
         figures = {"eval_guard": point.score, "eval_guard_kl": point.kl}
         if point.reward is not None:
             figures["eval_guard_reward"] = point.reward
         metrics.update(figures)
         self.trainer.log(dict(figures))
-        turn = self.history.add(point, halves)
-        if turn is not None and self.warning is None:
-            self.warning = self._told(scorer, turn, args)
+        turn = self.history.add(point, scores)
+        if turn is not None and not self.certain and (self.warning is None or turn.stops):
+            self.warning, self.certain = self._told(scorer, turn, args), turn.stops
             logger.warning(self.warning)
             control.should_training_stop = control.should_training_stop or self.stop_reason is not None
         return control
@@ -143,13 +149,21 @@ class Guard(TrainerCallback, ExportableState):
         moved = abs(max(kl, 0) ** 0.5 - max(last.kl, 0) ** 0.5)  # a score goes with the root: Gao et al.
         return moved >= scorer.cfg.root_kl_step or state.global_step - last.step >= STILL * state.eval_steps
 
-    def _measured(self, scorer: Scorer, step: int, metrics: dict[str, float]) -> tuple[Point, Halves]:
-        """The point of this evaluation, and the mean score of each prompt on either half of its samples."""
+    def _load_prompts(self, scorer: Scorer) -> None:
+        """The held-out prompts to answer, the same each time; raises UserError where they are too few."""
+        if self.prompts is None:
+            self.prompts = data.heldout_prompts(self.cfg, count=scorer.cfg.prompts)
+        if (found := len(self.prompts or ())) < PROMPTS:
+            raise UserError(
+                f"guard: {found} held-out prompts are too few to tell a fall from noise; at least {PROMPTS}: give more "
+                "data.prompts or a larger data.heldout, or guard=none"
+            )
+
+    def _measured(self, scorer: Scorer, step: int, metrics: dict[str, float]) -> tuple[Point, list[float | None]]:
+        """The point of this evaluation, and the mean score of each prompt."""
         kl = metrics.get("eval_kl")  # PPO has just measured it
         reward = next((metrics[name] for name in REWARDS if name in metrics), None)
         options, size = scorer.cfg, self.cfg.evaluation.batch_size
-        if self.prompts is None:
-            self.prompts = data.heldout_prompts(self.cfg, count=options.prompts)
         made = evaluation.sample(
             self.roles.model,
             self.tokenizer,
@@ -160,15 +174,18 @@ class Guard(TrainerCallback, ExportableState):
             seed=self.cfg.seed,
         )
         scores = scorer.scores(self.roles, self.tokenizer, made, size)
-        by_prompt = [scores[start : start + options.samples] for start in range(0, len(scores), options.samples)]
-        middle = options.samples // 2
-        halves = [_mean(row[:middle]) for row in by_prompt], [_mean(row[middle:]) for row in by_prompt]
-        score = _mean([_mean(row) for row in by_prompt]) or 0.0
+        by_prompt = [_mean(scores[start : start + options.samples]) for start in range(0, len(scores), options.samples)]
+        score = _mean(by_prompt)
+        if score is None:
+            raise UserError(
+                f"guard ({scorer.name}): none of the {len(scores)} completions at step {step} has a score (all are "
+                "None or NaN). Nothing guards this training: mend the scorer, or guard=none"
+            )
         if kl is None:
             first = made[:: options.samples]  # one of each prompt tells it well enough
             kl = fmean(evaluation.kl(self.roles, self.tokenizer, first, size, policy=POLICY, reference=REFERENCE))
         objective = metrics.get("eval_objective")
-        return Point(step, kl, reward, score, objective if objective != -math.inf else None), halves
+        return Point(step, kl, reward, score, objective if objective != -math.inf else None), by_prompt
 
     def _told(self, scorer: Scorer, turn: Turn, args: TrainingArguments) -> str:
         """A turn in words, with what to type."""
@@ -182,6 +199,8 @@ class Guard(TrainerCallback, ExportableState):
             kept = f"The checkpoint of step {best.step} is kept."
         what = f"training.beta={2 * beta:g}" if beta else "training.beta=0.1"
         stop = "Stopped." if scorer.cfg.stop else "guard.stop=true stops here."
+        if not turn.stops:
+            stop = "The reward less the KL penalty fell too, so training goes on: it may turn back by itself."
         return (
             f"over-optimization at step {now.step}: the guard's score ({name}) fell from {best.score:.3g} at step "
             f"{best.step} to {now.score:.3g} (by {turn.fall:.2g}, surely more than {turn.surely:.1g})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
     from rlhf_recipes.evaluation import Sample
     from rlhf_recipes.roles import Roles
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Scorer:
     def scores(
         self, roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample], batch_size: int
     ) -> list[float | None]:
-        """One score for each sample, the weighted sum of the sources; None where none of them gives any."""
+        """One score for each sample, the weighted sum of the sources; None where none of them gives a finite one."""
         from rlhf_recipes import evaluation
         from rlhf_recipes.roles import GUARD
 
@@ -51,7 +55,10 @@ class Scorer:
         if self.sources.adapters:
             columns.append(evaluation.rewards(roles, tokenizer, made, batch_size, role=GUARD))
         columns += [rewards.called(score, made) for score in self.sources.functions]
-        return [_weighted(row, self.sources.weights) for row in zip(*columns, strict=True)]
+        found = [_weighted(row, self.sources.weights) for row in zip(*columns, strict=True)]
+        if bad := sum(score is not None and not math.isfinite(score) for score in found):
+            logger.warning("guard (%s): %s of %s scores are not finite, and left out", self.name, bad, len(found))
+        return [score if score is not None and math.isfinite(score) else None for score in found]
 
 
 def from_config(cfg: DictConfig, run_model: Path | None, optimized: Rewards | None = None) -> Scorer | None:
