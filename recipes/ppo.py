@@ -32,7 +32,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     ensemble = {"reward_ensemble": cfg.reward.ensemble, "reward_spread_coef": cfg.reward.spread_coef}
     set_here = stage.arguments | {"reward_weights": reward.weights}
     args = build(PPOConfig, cfg.training, **layers, **ensemble, **set_here, **models.precision(cfg))
-    data.check_batch(len(rows.train), args.generation_batch_size)
+    data.check_batch(len(rows.train), args.prompts_per_iteration)
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
     policy = models.load_policy(cfg, stage.adapter("sft"))
     stage.check_base(models.fingerprint(policy))
@@ -45,7 +45,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     stage.train(trainer)
 
     watched.save(stage.saving)
-    best = {args.metric_for_best_model or "objective": trainer.state.best_metric}
+    best = {args.metric_for_best_model: trainer.state.best_metric}
     figures = best | {"stopped": trainer.stop_reason or watched.stop_reason} | watched.figures
     changes = evaluation.changes(cfg, asked, trainer.roles, tokenizer, {cfg.start: REFERENCE, "ppo": POLICY})
     log = trainer.state.log_history

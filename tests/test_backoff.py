@@ -112,6 +112,7 @@ def ppo(tiny_policy, tokenizer, prompts, tmp_path):
         args = PPOConfig(
             str(tmp_path),
             max_completion_length=6,
+            steps_per_generation=(COMMON | options)["gradient_accumulation_steps"],
             value_warmup_max_iterations=0,
             **COMMON | {"ptx_coef": 0.1} | options,
         )

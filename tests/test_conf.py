@@ -73,10 +73,15 @@ def test_no_file_repeats_a_default_of_the_library(recipe: str) -> None:
 @pytest.mark.parametrize("card", ["8gb", "12gb", "16gb", "24gb"])
 @pytest.mark.parametrize("recipe", TRAINING)
 def test_a_card_changes_no_batch(recipe: str, card: str) -> None:
-    def batch(*overrides: str) -> tuple[int, int]:
+    def batch(*overrides: str) -> int:
         training = compose(recipe, ["model=qwen2.5-1.5b", *overrides]).training
-        rows, portions = training.per_device_train_batch_size, training.gradient_accumulation_steps
-        return rows * portions, rows * training.get("steps_per_generation", portions)
+        assert not {"steps_per_generation", "generation_batch_size"} & {*training}, "PPOConfig keeps 128 episodes"
+        known = schema.options(TRAINING[recipe])
+        rows, portions = (
+            training.get(name, known[name].value)
+            for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+        )
+        return rows * portions
 
     assert batch(f"hardware={card}") == batch()
 

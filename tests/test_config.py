@@ -223,7 +223,7 @@ def test_build_refuses_options_that_the_class_would_ignore_in_silence() -> None:
 @pytest.mark.parametrize(
     ("name", "override", "message"),
     [
-        ("ppo", "training.scale_rewards=batch", "scale_rewards"),
+        ("ppo", "training.num_generations=3", "num_generations"),
         ("ppo", "training.gamma=2", "gamma"),
         ("sft", "training.load_best_model_at_end=true", "load_best_model_at_end"),
     ],

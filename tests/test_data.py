@@ -559,9 +559,10 @@ def test_the_fingerprint_changes_with_a_files_content_and_with_nothing_else(tmp_
     assert data.describe(cfg, "preferences") != before
 
 
-def test_fewer_prompts_than_a_batch_are_refused():
-    data.check_batch(64, 64)
-    with pytest.raises(UserError, match=r"has 63 training prompts, but a generation batch takes 64"):
+def test_fewer_prompts_than_a_rollout_batch_are_refused_and_the_last_incomplete_one_is_counted():
+    assert data.check_batch(64, 64) == data.check_batch(128, 64) == ""
+    assert data.check_batch(1029, 64).startswith("5 of 1,029 prompts")
+    with pytest.raises(UserError, match=r"63 training prompts .* do not fill a rollout batch, which takes 64"):
         data.check_batch(63, 64)
 
 

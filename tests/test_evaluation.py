@@ -318,9 +318,7 @@ def test_held_out_prompts_are_the_same_in_every_stage_and_none_is_trained_on():
 
 
 def test_no_prompts_to_answer_is_no_comparison(embedded):
-    cfg, roles, tokenizer = embedded(
-        "evaluation.prompts=0", "training.eval_strategy=no", "training.load_best_model_at_end=false"
-    )
+    cfg, roles, tokenizer = embedded("evaluation.prompts=0", "training.eval_strategy=no")
     assert evaluation.changes(cfg, data.heldout_prompts(cfg), roles, tokenizer, {"sft": POLICY}) == evaluation.Changes(
         {}, []
     )

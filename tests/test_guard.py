@@ -262,6 +262,7 @@ def train(tmp_path, tiny_policy, tokenizer, prompts):
     ):
         defaults = {
             "output_dir": str(tmp_path / name), "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
+            "steps_per_generation": 2, "kl_budget": None,
             "max_completion_length": 8, "max_steps": 16, "learning_rate": 2e-2, "value_learning_rate": 1e-2,
             "value_warmup_max_iterations": 0, "lr_scheduler_type": "constant", "beta": 0.0, "bf16": False,
             "use_cpu": True, "report_to": "none", "logging_steps": 1, "gradient_checkpointing": False,

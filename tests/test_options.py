@@ -2,8 +2,17 @@
 
 import pytest
 
-from rlhf_recipes.config import compose
-from rlhf_recipes.config.options import TRAINING, conflicts, options, overview, reference, required, unknown
+from rlhf_recipes.config import compose, schema
+from rlhf_recipes.config.options import (
+    NOT_IN_PPO,
+    TRAINING,
+    conflicts,
+    options,
+    overview,
+    reference,
+    required,
+    unknown,
+)
 from rlhf_recipes.errors import UserError
 
 
@@ -14,7 +23,7 @@ def test_every_recipe_has_the_options_of_its_trainer_of_lora_and_of_bitsandbytes
         "dpo": ("precompute_ref_log_probs", "beta"),
         "ppo": ("value_learning_rate", "epsilon"),
     }.items():
-        expected = {f"training.{training}", f"training.{own}", "training.deepspeed", "lora.use_dora", "run", "trunk"}
+        expected = {f"training.{training}", f"training.{own}", "training.optim", "lora.use_dora", "run", "trunk"}
         assert expected | {"quantization.bnb_4bit_quant_storage", "model.dtype", "data.heldout"} <= {*options(recipe)}
     assert [recipe for recipe in TRAINING if "reward.model" in options(recipe)] == ["ppo"]
 
@@ -82,3 +91,13 @@ def test_the_reference_shows_type_default_help_and_allowed_values() -> None:
     assert text.startswith("training.packing_strategy: str = 'bfd'\n    ")
     assert "One of: bfd, bfd_split, wrapped." in text
     assert reference("sft", "no such word") == "No option of sft has 'no such word' in its name or help.\n"
+
+
+@pytest.mark.parametrize("name", NOT_IN_PPO)
+def test_an_option_that_does_nothing_in_ppo_is_refused_with_the_reason_and_not_listed(name: str) -> None:
+    assert name in schema.options(TRAINING["ppo"]), "an option no more"
+    assert f"training.{name}" not in options("ppo")
+    assert f"\ntraining.{name}:" not in f"\n{reference('ppo', name)}"
+    with pytest.raises(UserError) as refusal:
+        compose("ppo", [f"training.{name}=1"])
+    assert f"training.{name}=1: no meaning in PPO: {NOT_IN_PPO[name]}" in str(refusal.value)

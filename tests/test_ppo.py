@@ -17,6 +17,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
 from rlhf_recipes import PPOConfig, PPOTrainer, portions
+from rlhf_recipes.config import build, compose
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE
 
@@ -34,12 +35,13 @@ def make_trainer(tmp_path, tiny_policy, tokenizer, prompts):
             "output_dir": str(tmp_path / "out"),
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 2,
+            "steps_per_generation": args.get("gradient_accumulation_steps", 2),
             "max_completion_length": 8,
             "max_steps": 4,
+            "kl_budget": None,
             "learning_rate": 1e-2,
             "value_learning_rate": 1e-2,
             "value_warmup_max_iterations": 0,
-            "lr_scheduler_type": "constant",
             "bf16": False,
             "use_cpu": True,
             "report_to": "none",
@@ -619,6 +621,7 @@ def test_all_trained_weights_are_equal_on_two_processes(tmp_path):
             model=model,
             reward_funcs=lambda completions, **kw: [float(c.split().count("w3")) for c in completions],
             args=PPOConfig({str(tmp_path)!r}, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4,
+                steps_per_generation=2,
                 max_completion_length=6, learning_rate=1e-2, value_learning_rate=1e-2, value_warmup_max_iterations=0,
                 bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, ddp_backend="gloo"),
             train_dataset=Dataset.from_dict({{"prompt": [f"w{{i}} w{{j}}" for i in range(8) for j in range(8)]}}),
@@ -651,6 +654,80 @@ def test_all_trained_weights_are_equal_on_two_processes(tmp_path):
 # ---- used alone, as TRL's trainers are
 
 
+def test_the_defaults_are_those_of_the_recipe():
+    """conf/ppo.yaml sets nothing that a script would have to set again."""
+    args = PPOConfig("out", use_cpu=True)
+    recipe = build(PPOConfig, compose("ppo", ["model=qwen2.5-0.5b"]).training, output_dir="out", use_cpu=True)
+    different = {name for name, value in args.to_dict().items() if recipe.to_dict()[name] != value}
+    assert different == {"save_total_limit"}
+    assert (args.generation_batch_size, args.steps_per_iteration, args.max_completion_length) == (128, 8, 128)
+    assert (args.max_steps, args.kl_budget, args.lr_scheduler_type) == (800, 50, "constant")
+    assert (args.eval_steps, args.save_steps, args.load_best_model_at_end) == (80, 80, True)
+    assert (args.metric_for_best_model, args.greater_is_better, args.bf16) == ("objective", True, False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulated", "episodes", "per_iteration"), [(2, 16, 128, 4), (6, 4, 144, 6), (64, 4, 256, 1)]
+)
+def test_a_rollout_batch_is_as_many_whole_optimizer_steps_as_make_128_episodes(
+    rows, accumulated, episodes, per_iteration
+):
+    args = PPOConfig("out", use_cpu=True, per_device_train_batch_size=rows, gradient_accumulation_steps=accumulated)
+    assert args.generation_batch_size == episodes == rows * args.steps_per_generation
+    assert args.steps_per_iteration == 2 * per_iteration
+    assert PPOConfig("out", use_cpu=True, generation_batch_size=64).steps_per_generation == 8
+
+
+def test_the_best_checkpoint_is_kept_only_where_it_can_be():
+    for settings, keeps in (
+        ({"save_strategy": "no"}, False),
+        ({"eval_strategy": "no"}, False),
+        ({"eval_strategy": "epoch"}, False),
+        ({"save_strategy": "best"}, True),
+        ({"save_steps": 40}, True),
+    ):
+        assert PPOConfig("out", use_cpu=True, **settings).load_best_model_at_end is keeps, settings
+
+
+def test_the_best_checkpoint_is_the_one_with_the_best_objective_without_a_word(make_trainer, prompts):
+    held_out = prompts.select(range(16))
+    trainer = make_trainer(eval_dataset=held_out, save_strategy="steps", save_steps=2, load_best_model_at_end=True)
+    trainer.train()
+    assert trainer.state.best_metric == max(history(trainer, "eval_objective"))
+
+
+def test_without_held_out_prompts_the_last_checkpoint_counts_and_a_warning_says_so(make_trainer, caplog):
+    trainer = make_trainer(save_strategy="steps", save_steps=2, max_steps=2)
+    trainer.train()
+    assert "the last checkpoint counts, not the best" in caplog.text
+    assert trainer.state.best_metric is None
+
+
+def test_several_sets_of_held_out_prompts_are_refused(make_trainer, prompts):
+    with pytest.raises(UserError, match=r"not several \(short, long\)"):
+        make_trainer(eval_dataset={"short": prompts.select(range(8)), "long": prompts.select(range(8, 16))})
+
+
+def test_fewer_prompts_than_a_rollout_batch_are_refused(make_trainer):
+    with pytest.raises(UserError, match=r"64 training prompts .* do not fill a rollout batch, which takes 72"):
+        make_trainer(steps_per_generation=9, gradient_accumulation_steps=9)
+
+
+def test_prompts_that_fill_no_rollout_batch_are_counted(make_trainer, caplog):
+    caplog.set_level("INFO", "rlhf_recipes")
+    make_trainer(steps_per_generation=5, gradient_accumulation_steps=5)
+    assert "24 of 64 prompts, drawn anew, are left out of each epoch: a rollout batch takes 40" in caplog.text
+    make_trainer(num_generations=4, steps_per_generation=16)  # 128 episodes of 32 prompts
+
+
+def test_several_generations_are_as_many_episodes_of_each_prompt_with_advantages_of_their_own(make_trainer):
+    seen, trainer = [], make_trainer(num_generations=4, max_steps=1, whiten_advantages=False)
+    trainer.reward_funcs = [lambda prompts, **kw: seen.extend(prompts) or [float(i) for i in range(len(prompts))]]
+    trainer.train()
+    assert len(seen) == 16 and sorted(map(seen.count, {*seen})) == [4, 4, 4, 4]
+    assert len({*trainer._logs["advantages"]}) == 16
+
+
 def test_a_model_folder_with_a_peft_config_is_enough(tmp_path, tiny_llama, tokenizer, prompts):
     tiny_llama().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -658,7 +735,7 @@ def test_a_model_folder_with_a_peft_config_is_enough(tmp_path, tiny_llama, token
         model=str(tmp_path / "base"),
         reward_funcs=count_w3,
         args=PPOConfig(
-            str(tmp_path / "out"), max_steps=2, max_completion_length=4, bf16=False, use_cpu=True, report_to="none",
+            str(tmp_path / "out"), max_steps=2, max_completion_length=4, use_cpu=True, generation_batch_size=32,
             value_warmup_max_iterations=0, learning_rate=1e-2, disable_tqdm=True,
         ),
         train_dataset=prompts,
@@ -698,9 +775,12 @@ def test_conversational_prompts_are_rendered_by_the_chat_template(make_trainer, 
         ({"kl_estimator": "k2"}, "must be `k1` or `k3`"),
         ({"gamma": 1.5, "lam": -1.0}, "gamma=1.5 must be between 0 and 1; lam=-1.0"),
         ({"kl_target": 1.0, "beta": 0.0}, "kl_target needs a beta above 0"),
-        ({"num_generations": 3}, "num_generations=3 does not divide the 8 episodes"),
+        ({"neftune_noise_alpha": 5.0, "data_seed": 3}, "neftune_noise_alpha=5.0 has no meaning in PPO: .*use seed"),
+        ({"label_names": ["x"]}, "there are no labels"),
+        ({"num_train_epochs": 2}, "num_train_epochs=2 does nothing while max_steps=800 decides; set max_steps=-1"),
+        ({"num_generations": 3}, "num_generations=3 does not divide the 128 episodes"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "no multiple of gradient_accumulation_steps=4"),
-        ({"per_device_train_batch_size": 1}, "rollout batch of one episode"),
+        ({"generation_batch_size": 1}, "rollout batch of one episode"),
     ],
 )
 def test_config_refuses_what_cannot_work_and_says_what_to_do(kwargs, message):

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import functools
 import importlib
 import inspect
 import io
@@ -12,9 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from rlhf_recipes import PPOConfig
 from rlhf_recipes.config import CONF, compose
 from rlhf_recipes.config.command import _checked
 from rlhf_recipes.config.options import GROUPS, RECIPES, TRAINING, options
@@ -170,11 +167,9 @@ def test_the_example_in_python_runs_as_it_stands(monkeypatch, tmp_path):
             calls.append("train")
 
     real = rlhf_recipes.PPOTrainer
-    if not torch.cuda.is_available():  # TRL's default of bf16 wants a GPU
-        monkeypatch.setattr(rlhf_recipes, "PPOConfig", functools.partial(PPOConfig, use_cpu=True, bf16=False))
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     monkeypatch.setattr(rlhf_recipes, "PPOTrainer", Trainer)
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"my_reward": print, "prompts": None})
+    exec(compile(block, "README.md", "exec"), {"my_reward": print, "prompts": None, "heldout_prompts": None})
     assert len(calls) == 2 and calls[1] == "train"
     assert calls[0]["args"].beta == 0.05

@@ -108,6 +108,7 @@ def test_no_allowed_values_are_read_out_of_help_texts_that_do_not_list_them() ->
         *(("trl.SFTConfig", name) for name in ("truncation_mode", "packing_strategy", "loss_type")),
         *(("trl.DPOConfig", name) for name in ("truncation_mode", "loss_type", "f_divergence_type")),
         *(("rlhf_recipes.ppo.config.PPOConfig", name) for name in ("vllm_mode", "vllm_model_impl", "loss_type")),
+        *(("rlhf_recipes.ppo.config.PPOConfig", name) for name in ("eval_strategy", "lr_scheduler_type")),  # enums
         *(("peft.LoraConfig", name) for name in ("bias", "init_lora_weights")),
         ("transformers.BitsAndBytesConfig", "bnb_4bit_quant_type"),
     }

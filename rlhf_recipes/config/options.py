@@ -252,6 +252,50 @@ DECIDED = {
     "lora.revision": "use model.revision",
 }
 
+_OTHER_LOSS = "it belongs to a loss that PPO does not have"
+_NO_LABELS = "there are no labels: held-out prompts are answered and scored"
+_SHARDED = "the passes through several roles of one base do not work on a sharded model; on several GPUs each holds it"
+NOT_IN_PPO = {
+    "scale_rewards": "advantages come from a critic, not from groups; see whiten_advantages and whiten_rewards",
+    "multi_objective_aggregation": "rewards are summed by reward_weights",
+    "importance_sampling_level": "PPO's ratio is per token",
+    "loss_type": "PPO's clipped loss is `dapo`: a mean over all tokens of the rollout batch",
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), _OTHER_LOSS),
+    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), _OTHER_LOSS),
+    "label_smoothing_factor": _OTHER_LOSS,
+    "mask_truncated_completions": "use missing_eos_penalty",
+    "off_policy_mask_threshold": "use target_kl",
+    "use_bias_correction_kl": "the KL penalty is part of the reward",
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps"),
+        "the reference is the SFT model throughout",
+    ),
+    **dict.fromkeys(
+        ("use_liger_kernel", "liger_kernel_config"),
+        "it replaces the model's forward, which the shared trunk relies on",
+    ),
+    "disable_dropout": "dropout is always off, so that the ratio starts at 1",
+    "neftune_noise_alpha": "with noise in the embeddings the ratio would not start at 1",
+    "max_tool_calling_iterations": "completions with tools cannot be trained on",
+    "log_multimodal": "completions with images cannot be trained on",
+    "use_transformers_paged": "use use_transformers_continuous_batching",
+    "auto_find_batch_size": "where memory runs out, micro-batches are made smaller by themselves, with the same result",
+    "average_tokens_across_devices": "losses are means over the rollout batch of all devices",
+    "data_seed": "use seed",
+    "dataloader_drop_last": "an incomplete rollout batch is always left out",
+    **dict.fromkeys(("train_sampling_strategy", "length_column_name"), "use shuffle_dataset"),
+    "include_num_input_tokens_seen": "`num_tokens` in the log counts prompts and completions",
+    **dict.fromkeys(
+        (
+            *("label_names", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"),
+            *("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"),
+        ),
+        _NO_LABELS,
+    ),
+    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "ds3_gather_for_generation"), _SHARDED),
+}
+"""Fields of PPOConfig, inherited from TRL, that do nothing in PPO or break it, and why: refused, and not listed."""
+
 # What --help shows besides the options that the recipe's own config sets.
 MOST_USED = (
     "learning_rate",
@@ -279,7 +323,10 @@ def sections(recipe: str) -> dict[str, Mapping[str, schema.Option]]:
         "lora": "peft.LoraConfig",
         "training": RECIPES[recipe],
     }
-    return {section: schema.options(path) for section, path in paths.items()}
+    found = {section: schema.options(path) for section, path in paths.items()}
+    if recipe == "ppo":
+        found["training"] = {name: o for name, o in found["training"].items() if name not in NOT_IN_PPO}
+    return found
 
 
 @functools.cache
@@ -320,6 +367,9 @@ def belongs(key: str, others: Sequence[str], recipe: str) -> str:
 
 def unknown(recipe: str, key: str) -> str:
     """Why a key is refused, with the nearest valid one."""
+    section, _, name = key.rpartition(".")
+    if (recipe, section) == ("ppo", "training") and name in NOT_IN_PPO:
+        return f"no meaning in PPO: {NOT_IN_PPO[name]}"
     elsewhere = [other for other in RECIPES if key in options(other) or key in sections(other)]
     if elsewhere:
         return belongs(key, elsewhere, recipe)
@@ -356,7 +406,8 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
         found.append(f"frozen_top={values['frozen_top']}: at least 0, and below 1 together with trunk")
     if "reward.model" in values and not any(values.get(f"reward.{source}") for source in ("model", "functions", "url")):
         found.append("reward: it comes from nowhere; set reward.model, reward.functions or reward.url")
-    evaluates = values.get("training.eval_strategy", "no") != "no"
+    ppo = "reward.model" in values
+    evaluates = values.get("training.eval_strategy", "steps" if ppo else "no") != "no"
     if any(values.get(f"guard.{source}") for source in ("gold", "model", "functions", "url")):
         from rlhf_recipes.guard.turning import PROMPTS
 
@@ -369,10 +420,9 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
             found.append(f"guard.samples={values['guard.samples']}: at least 1")
         if not evaluates:
             found.append("guard: it looks at every evaluation, and there are none; add training.eval_strategy=steps")
-    if "reward.model" in values and evaluates and values.get("evaluation.prompts") == 0:
+    if ppo and evaluates and values.get("evaluation.prompts") == 0:
         found.append(
-            "evaluation.prompts=0: PPO has no held-out prompts to score while it trains; add training.eval_strategy=no "
-            "training.load_best_model_at_end=false"
+            "evaluation.prompts=0: PPO has no held-out prompts to score while it trains; add training.eval_strategy=no"
         )
     return found
 

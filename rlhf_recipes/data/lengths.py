@@ -68,18 +68,22 @@ def check_lengths(
     return Lengths(len(dataset), longest, max_length, cut, dropped)
 
 
-def check_batch(rows: int, batch: int) -> None:
-    """Refuse fewer training prompts than one generation batch: the sampler would drop them all.
+def check_batch(rows: int, batch: int) -> str:
+    """What PPO's rollout batches leave of an epoch: a line for the log, "" where nothing is left out.
 
     Raises:
-        UserError: with both numbers and what to set.
+        UserError: fewer training prompts than one rollout batch takes; with both numbers and what to set.
     """
     if rows < batch:
         raise UserError(
-            f"data.prompts has {rows} training prompts, but a generation batch takes {batch}, and an incomplete batch "
-            f"is dropped: nothing would be trained on. Give more prompts, or a smaller batch: "
-            f"training.generation_batch_size={rows} or less"
+            f"{rows} training prompts (data.prompts, train_dataset) do not fill a rollout batch, which takes {batch}, "
+            "and an incomplete one is left out: nothing would be trained on. Give more prompts, or set a smaller "
+            f"generation_batch_size: {rows} or less, a multiple of per_device_train_batch_size"
         )
+    left = rows % batch
+    return f"{left} of {rows:,} prompts, drawn anew, are left out of each epoch: a rollout batch takes {batch}" * bool(
+        left
+    )
 
 
 def _token_counts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", answer: str | None) -> list[int]:

@@ -59,6 +59,6 @@ def _smaller_batches(phase: str, cfg: DictConfig, args: Any) -> Iterator[dict[st
             "training.per_device_train_batch_size": args.per_device_train_batch_size // 2,
             "training.gradient_accumulation_steps": args.gradient_accumulation_steps * 2,
         }
-        if phase != "training":  # PPO's: the rollout batch stays what it is
+        if "steps_per_generation" in cfg.training:  # PPO's: the rollout batch stays what it is
             move["training.steps_per_generation"] = args.steps_per_generation * 2
         yield move

@@ -1,26 +1,21 @@
 """Arguments of PPO: TRL's GRPOConfig with PPO's own added, and what means nothing in PPO refused."""
 
-from dataclasses import MISSING, dataclass, field, fields
+import math
+import os
+from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
-from rlhf_recipes.config.options import VLLM_IS_MISSING
+from rlhf_recipes.config.options import NOT_IN_PPO, VLLM_IS_MISSING
 from rlhf_recipes.ensembles import ENSEMBLES
 
-_REFUSED = {
-    "scale_rewards": "advantages come from a critic, not from groups; see whiten_advantages and whiten_rewards",
-    "multi_objective_aggregation": "rewards are summed by reward_weights",
-    "importance_sampling_level": "PPO's ratio is per token",
-    "loss_type": "PPO's clipped loss is `dapo`: a mean over all tokens of the rollout batch",
-    "mask_truncated_completions": "use missing_eos_penalty",
-    "off_policy_mask_threshold": "use target_kl",
-    "use_bias_correction_kl": "the KL penalty is part of the reward; see kl_estimator",
-    "sync_ref_model": "the reference is the SFT model throughout",
-    "use_liger_kernel": "it replaces the model's forward, which the shared trunk relies on",
-}
+EPISODES = 128
+"""At least so many make a rollout batch, where nothing else is said."""
 
 
 @dataclass
@@ -30,10 +25,57 @@ class PPOConfig(GRPOConfig):
     trained on in `num_iterations` passes. `max_steps` counts optimizer steps, as everywhere in TRL.
 
     Fields of GRPOConfig that read differently here: `beta` is the KL coefficient *in the reward*, `num_iterations` is
-    the number of passes over a rollout batch (PPO's epochs), `epsilon` is the clip range of the policy's ratio.
+    the number of passes over a rollout batch (PPO's epochs), `epsilon` is the clip range of the policy's ratio,
+    `num_generations` the episodes of each prompt (no group: each has its own advantages). What means nothing in PPO is
+    refused (`rlhf_recipes.config.options.NOT_IN_PPO`).
+
+    Raises:
+        ValueError: a value that cannot work, or an option that does nothing here; all faults in one message.
     """
 
     # GRPOConfig's, with PPO's defaults
+    max_steps: int = field(
+        default=800,
+        metadata={
+            "help": "Optimizer steps in all: a budget of rollouts rather than of epochs. -1: num_train_epochs decides."
+        },
+    )
+    gradient_accumulation_steps: int = field(
+        default=4, metadata={"help": "Micro-batches that make an optimizer step. Higher: less memory, slower."}
+    )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Episodes of a rollout batch, over all devices. None: steps_per_generation micro-batches of each, "
+            "and without that as many whole optimizer steps as make 128 episodes or more."
+        },
+    )
+    max_completion_length: int | None = field(
+        default=128, metadata={"help": "Tokens after which a completion is cut. Higher: slower rollouts."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant",
+        metadata={"help": "Schedule of the learning rates. Constant: what came before does not depend on max_steps."},
+    )
+    eval_strategy: IntervalStrategy | str = field(
+        default="steps",
+        metadata={"help": "When to answer and score the held-out prompts. Without an eval_dataset: never."},
+    )
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "Optimizer steps between two evaluations. None: as save_steps."}
+    )
+    save_steps: float = field(default=80, metadata={"help": "Optimizer steps between two checkpoints."})
+    load_best_model_at_end: bool | None = field(
+        default=None,
+        metadata={
+            "help": "End with the checkpoint that is best by metric_for_best_model. None: where evaluations and "
+            "checkpoints come together."
+        },
+    )
+    metric_for_best_model: str | None = field(
+        default="objective",
+        metadata={"help": "What the best checkpoint is best by. `objective`: the score less beta times the KL."},
+    )
     learning_rate: float = field(
         default=1e-5, metadata={"help": "Initial learning rate of the policy. The critic has its own."}
     )
@@ -45,7 +87,11 @@ class PPOConfig(GRPOConfig):
         },
     )
     num_generations: int | None = field(
-        default=1, metadata={"help": "Episodes per prompt in a rollout batch. A critic needs no group: 1."}
+        default=1,
+        metadata={
+            "help": "Episodes of each prompt in a rollout batch. A critic needs no group. Higher: as many episodes of "
+            "fewer prompts."
+        },
     )
     num_generations_eval: int | None = field(default=1, metadata={"help": "Episodes per held-out prompt."})
     num_iterations: int = field(
@@ -72,8 +118,11 @@ class PPOConfig(GRPOConfig):
         },
     )
     kl_budget: float | None = field(
-        default=None,
-        metadata={"help": "Stop training once the KL per sequence to the reference exceeds this many nats."},
+        default=50.0,
+        metadata={
+            "help": "Stop training once the KL per sequence to the reference exceeds this many nats: far beyond it a "
+            "policy says what the reward likes, and nothing else."
+        },
     )
 
     # Rewards
@@ -180,29 +229,29 @@ class PPOConfig(GRPOConfig):
         faults = _faults(self)
         if faults:
             raise ValueError("PPOConfig: " + "; ".join(faults))
+        _settle(self)
         # GRPOConfig insists on groups of two or more that fill the batch. PPO has none, so it is shown one single
         # group.
-        episodes = self.num_generations
-        steps = self.steps_per_generation or self.gradient_accumulation_steps
+        generations = self.num_generations
+        steps = self.steps_per_generation or 1
         self.num_generations = self.generation_batch_size or self.per_device_train_batch_size * steps
         if self.num_generations < 2:
             raise ValueError(
                 "PPOConfig: a rollout batch of one episode has no spread to learn from; raise steps_per_generation"
             )
         super().__post_init__()
-        self.num_generations = episodes
-        if self.generation_batch_size % episodes:
+        self.num_generations = generations
+        steps, accumulated = self.steps_per_generation, self.gradient_accumulation_steps
+        episodes = self.per_device_train_batch_size * self.world_size * steps
+        if episodes % generations:
             raise ValueError(
-                f"PPOConfig: num_generations={episodes} does not divide the {self.generation_batch_size} episodes of a "
-                "rollout batch"
+                f"PPOConfig: num_generations={generations} does not divide the {episodes} episodes of a rollout batch"
             )
-        if self.gradient_accumulation_steps > self.steps_per_generation or (
-            self.steps_per_generation % self.gradient_accumulation_steps
-        ):
+        if steps % accumulated:
             raise ValueError(
-                f"PPOConfig: a rollout batch is {self.steps_per_generation} micro-batches (steps_per_generation), no "
-                f"multiple of gradient_accumulation_steps={self.gradient_accumulation_steps}: an optimizer step would "
-                "mix two rollout batches. Set steps_per_generation to a multiple of it."
+                f"PPOConfig: a rollout batch is {steps} micro-batches (steps_per_generation), no multiple of "
+                f"gradient_accumulation_steps={accumulated}: an optimizer step would mix two rollout batches. Set "
+                "steps_per_generation to a multiple of it."
             )
 
     @property
@@ -210,14 +259,37 @@ class PPOConfig(GRPOConfig):
         """Optimizer steps that one rollout batch serves."""
         return self.num_iterations * self.steps_per_generation // self.gradient_accumulation_steps
 
+    @property
+    def prompts_per_iteration(self) -> int:
+        """Prompts of a rollout batch, over all devices."""
+        return self.per_device_train_batch_size * self.world_size * self.steps_per_generation // self.num_generations
+
+
+def _settle(args: PPOConfig) -> None:
+    """Give a value to what depends on other options and was not set."""
+    if args.bf16 is None:  # as the recipes choose; GRPOConfig would insist on a device that has it
+        args.bf16 = not args.fp16 and not args.use_cpu and is_torch_bf16_gpu_available()
+    if args.eval_steps is None:
+        args.eval_steps = args.save_steps
+    if args.load_best_model_at_end is None:
+        together = args.save_strategy == args.eval_strategy != "no"
+        args.load_best_model_at_end = together or args.save_strategy == "best"
+    if not (args.generation_batch_size or args.steps_per_generation):
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        step *= int(os.environ.get("WORLD_SIZE", "1"))  # as torchrun and accelerate say it
+        args.steps_per_generation = math.ceil(EPISODES / step) * args.gradient_accumulation_steps
+
+
+def _default(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()
+
 
 def _faults(args: PPOConfig) -> list[str]:
     """What is wrong with the values, in words."""
-    defaults: dict[str, Any] = {f.name: f.default for f in fields(args) if f.default is not MISSING}
     found = [
-        f"{name}={getattr(args, name)!r} has no meaning in PPO: {why}"
-        for name, why in _REFUSED.items()
-        if getattr(args, name) != defaults[name]
+        f"{option.name}={getattr(args, option.name)!r} has no meaning in PPO: {NOT_IN_PPO[option.name]}"
+        for option in fields(args)
+        if option.name in NOT_IN_PPO and getattr(args, option.name) != _default(option)
     ]
     rules = {
         "num_generations": (args.num_generations is not None and args.num_generations >= 1, "at least 1"),
@@ -243,6 +315,11 @@ def _faults(args: PPOConfig) -> list[str]:
         "rollout_batch_size": (args.rollout_batch_size is None or args.rollout_batch_size >= 1, "at least 1, or null"),
     }
     found += [f"{name}={getattr(args, name)!r} must be {rule}" for name, (holds, rule) in rules.items() if not holds]
+    if args.num_train_epochs != _default(args.__dataclass_fields__["num_train_epochs"]) and args.max_steps > 0:
+        found.append(
+            f"num_train_epochs={args.num_train_epochs!r} does nothing while max_steps={args.max_steps} decides; set "
+            "max_steps=-1"
+        )
     if args.kl_target is not None and args.beta == 0:
         found.append("kl_target needs a beta above 0 to start from: an adaptive coefficient only scales it")
     if args.use_vllm and find_spec("vllm") is None:

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,11 +22,13 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.backoff import back_off, in_chunks, until_it_fits
 from rlhf_recipes.data.formats import render
+from rlhf_recipes.data.lengths import check_batch
 from rlhf_recipes.ensembles import Ensemble, spread
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.portions import prefill_chunk
@@ -118,6 +120,9 @@ class PPOTrainer(GRPOTrainer):
         adapters = [Path(folder) for folder in one or ()]
         if adapters:
             funcs = [self.reward_model, *funcs]
+        if isinstance(train_dataset, Sized) and (left := check_batch(len(train_dataset), args.prompts_per_iteration)):
+            logger.info(left)
+        _settle_evaluations(args, eval_dataset)
         _align_with_iterations(args)
 
         if isinstance(model, PeftModel):
@@ -636,6 +641,22 @@ class PPOTrainer(GRPOTrainer):
         yield
         if self.model.training:
             self._seconds[phase] += time.perf_counter() - started
+
+
+def _settle_evaluations(args: PPOConfig, eval_dataset: Any) -> None:
+    """Without held-out prompts nothing is evaluated.
+
+    Raises:
+        UserError: several sets of them.
+    """
+    if isinstance(eval_dataset, dict):
+        raise UserError(
+            f"eval_dataset: one set of held-out prompts, not several ({', '.join(eval_dataset)}): GRPOTrainer gives "
+            "the figures of all sets the same names, and the best checkpoint would be that of the last set"
+        )
+    if eval_dataset is None and args.eval_strategy != "no":
+        args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
+        logger.warning("no eval_dataset: no held-out prompts are scored, and the last checkpoint counts, not the best")
 
 
 def _align_with_iterations(args: PPOConfig) -> None:
