@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import try_to_load_from_cache
 from omegaconf import DictConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -31,6 +32,7 @@ from rlhf_recipes.config import build
 from rlhf_recipes.data.formats import is_conversational
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.roles import POLICY, REWARD, Roles
+from rlhf_recipes.runs import disk
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,29 @@ PLAIN_CHAT_TEMPLATE = (
 def source(model: DictConfig) -> str:
     """Hub id or folder that `model.name_or_path` stands for."""
     return str(world.BASE) if model.name_or_path == EMBEDDED else str(model.name_or_path)
+
+
+def with_model(cfg: DictConfig, name: str) -> DictConfig:
+    """The config with another model in the place of the run's, under its own revision, chat template and tokens."""
+    other = cfg.copy()
+    other.model.name_or_path = name
+    for key in ("revision", "chat_template", "pad_token", "eos_token"):
+        other.model[key] = None
+    return other
+
+
+def weights_mark(model: DictConfig) -> str:
+    """What identifies a model's weights before they are loaded: its files in a folder, or its commit on the hub.
+
+    Raises:
+        UserError: there is no such folder or hub id.
+    """
+    folder = Path(source(model))
+    if folder.is_dir():
+        return disk.fingerprint_weights(folder)
+    read_config(model)  # now it is in the cache, under the commit that its revision stands for
+    file = try_to_load_from_cache(str(folder), "config.json", revision=model.revision)
+    return f"{folder}@{Path(file).parent.name if isinstance(file, str) else model.revision}"
 
 
 def dtype(model: DictConfig) -> torch.dtype:

@@ -8,9 +8,11 @@ import inspect
 import json
 import logging
 import math
+import re
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +37,8 @@ RUN = "run"
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EXAMPLE = """def brevity(completions, **kwargs):
     return [-len(completion) / 100 for completion in completions]"""
+SECRET = re.compile(r"key|token|secret|pass|pwd|auth|sig|sas|code|credential", re.IGNORECASE)
+"""Names in the query of an address whose values are not shown."""
 RETRIES, FIRST_WAIT, TIMEOUT = 3, 1.0, 60.0  # of an endpoint; seconds
 
 
@@ -198,6 +202,21 @@ def mark(folder: Path) -> str:
     """What identifies a reward adapter: equal for equal weights, wherever they lie."""
     file = folder / WEIGHTS
     return disk.hash_file(file) if file.exists() else str(folder.resolve())
+
+
+def shown_url(url: str) -> str:
+    """An address as it may be shown and written down: without user, password, and the secrets of its query.
+
+    >>> shown_url("https://me:pw@host:8000/v1?version=2&api_key=sk-1")
+    'https://***@host:8000/v1?version=2&api_key=***'
+    """
+    parts = urllib.parse.urlsplit(url)
+    _, at, host = parts.netloc.rpartition("@")
+    query = [
+        name + equals + ("***" if SECRET.search(name) else value)
+        for name, equals, value in (pair.partition("=") for pair in parts.query.split("&"))
+    ]
+    return parts._replace(netloc=f"***@{host}" if at else host, query="&".join(query)).geturl()
 
 
 def endpoint(url: str) -> RewardFunction:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ from judge_server import prefers, serving
 from nltk.util import ngrams as nltk_ngrams
 from scipy.stats import bootstrap
 from sklearn.linear_model import LogisticRegression
+from transformers import AutoTokenizer
 
 from rlhf_recipes import world
 from rlhf_recipes.comparison import asking, findings, harness, judges, policies, reward_bench, texts, wins
-from rlhf_recipes.comparison.answers import Answers
+from rlhf_recipes.comparison.answers import Answers, RunModels, _drawn_alone, _key
 from rlhf_recipes.config import compose
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.evaluation import Sample
@@ -273,14 +275,82 @@ def test_a_judge_that_cannot_be_reached_or_has_no_such_model_is_told_at_once(tmp
 @pytest.mark.parametrize(
     ("said", "reply"),
     [
-        *(("A", "A"), ("b", "B"), (" T ", "T"), ("Answer: B.", "B"), ("**A**", "A"), ('"B"', "B")),
+        *(("A", "A"), ("b", "B"), (" T ", "T"), ("**A**", "A"), ('"B"', "B"), ("(A)", "A"), ("Option B", "B")),
+        *(("Answer: B.", "B"), ("Final answer: A", "A"), ("**Verdict:** B", "B"), ("The better answer is A.", "A")),
+        *((r"$\boxed{\text{A}}$", "A"), ("<answer>B</answer>", "B"), ("[[A]]", "A"), ("I'd go with B.", "B")),
+        *(("A is better", "A"), ("B is better than A.", "B"), ("I prefer A over B", "A"), ("Response B wins.", "B")),
         ("<think>A is long. B?</think>\n\nB", "B"),
         ("Both are fine, but the first is shorter.\nAnswer A", "A"),
-        *(("", None), ("A better answer would be B", None), ("C", None), ("AB", None), ("A or B", None)),
+        ("A is better in style. B is more honest.\n\nFinal verdict: B", "B"),
     ],
 )
-def test_a_reply_is_a_letter_and_nothing_else(said, reply):
+def test_a_verdict_is_read_however_it_is_dressed(said, reply):
     assert asking.read_reply(said) == reply
+
+
+@pytest.mark.parametrize(
+    "said", ["T", "Tie", "tie.", "**Tie**", "It's a tie.", "Draw", "Verdict: tie", "T (tie)", "Neither is better."]
+)
+def test_a_tie_is_read_in_as_many_words_as_a_win(said):
+    assert asking.read_reply(said) == "T"
+
+
+@pytest.mark.parametrize(
+    ("said", "reply"),
+    [
+        ("A\n\nBoth are fine, but A is shorter.", "A"),
+        ("B. It is the honest one.", "B"),
+        ("B is better because A rambles. It also ends.", "B"),
+        ("A: it is shorter", "A"),
+        ("A\n\nActually, B is the one.", None),
+        ("A is better. However, B is better.", "B"),
+        ("A: clear but wrong.\nB: right.", None),
+        ("A - a good answer, but the second is better", None),
+    ],
+)
+def test_a_letter_with_reasons_is_read_where_they_do_not_speak_for_the_other_answer(said, reply):
+    assert asking.read_reply(said) == reply
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("", "C", "AB", "A or B", "A and B", "A/B", "A, B", "Not A", "Is A better?", "I would rather not say"),
+        *("A is worse than B", "A is not better", "The worse answer is A", "Worse: A", "A is the worse answer"),
+        *("A better answer would be B", "I don't think A is better", "The winner is not A", "A: 7/10\nB: 8/10"),
+        *("Ranking:\n1. A\n2. B", "- A\n- B", "[[A]] if the first is better, [[B]] if the second"),
+    ],
+)
+def test_what_is_no_plain_verdict_is_not_read_as_one(said):
+    assert asking.read_reply(said) is None
+
+
+@pytest.mark.parametrize("tag", ["<think>", "<THINK>", "<thinking>"])
+def test_reasoning_is_no_verdict_and_one_that_is_cut_off_has_none(tag):
+    assert asking.read_reply(f"{tag}B\nA") is None
+    assert asking.read_reply(f"{tag}B{tag.replace('<', '</')}\nA") == "A"
+    assert asking.read_reply(f"the tag was in the prompt: B{tag.replace('<', '</')}\nA") == "A"
+
+
+def test_a_judge_that_says_tie_loses_nothing(tmp_path):
+    with serving(lambda text, n: "Tie" if "p2" in text else prefers("good")(text, n)) as server:
+        assert judge_at(server, tmp_path).verdicts(PROMPTS, GOOD, BAD) == [1, 0.5, 1, 1]
+
+
+def test_after_many_failures_a_reply_is_quoted(tmp_path):
+    many = [str(i) for i in range(20)]
+    told = pytest.raises(UserError, match="What came last: 'As a careful judge I abstain'")
+    with serving(lambda *_: "As a careful judge I abstain") as server, told:
+        judge_at(server, tmp_path, retries=0).verdicts(many, [f"good {i}" for i in many], many)
+
+
+def test_the_secrets_of_an_address_stand_in_no_name_and_no_file(tmp_path):
+    with serving(prefers("good")) as server:
+        judge = judge_at(server, tmp_path, url=f"http://me:pw-1@127.0.0.1:{server.server_port}/v1?v=2&api_key=sk-2")
+        judge.verdicts(PROMPTS, GOOD, BAD)
+    assert judge.name == f"qwen at http://***@127.0.0.1:{server.server_port}/v1?v=2&api_key=***"
+    written = "".join(file.name + file.read_text() for file in tmp_path.iterdir())
+    assert len(written) > 100 and not any(secret in written + str(judge.about) for secret in ("pw-1", "sk-2", "me:"))
 
 
 # ---- a judge in this process
@@ -292,7 +362,7 @@ def test_a_local_model_says_the_likelier_letter_of_each_unpadded_question(tmp_pa
     cfg = compose("eval", ["judge=local", f"judge.model={world.BASE}", "evaluation.batch_size=2"])
     judge = asking.local(cfg, tmp_path)
     questions = [asking.Question(p, a, b) for p, a, b in zip(PROMPTS[:3], GOOD, ["bad", "b " * 30, ""], strict=False)]
-    replies = dict(judge._ask(questions))
+    replies = {number: reply for number, reply, _ in judge._ask(questions)}
     tokenizer = AutoTokenizer.from_pretrained(world.BASE)
     model = AutoModelForCausalLM.from_pretrained(world.BASE)
     from rlhf_recipes.models import PLAIN_CHAT_TEMPLATE
@@ -306,6 +376,72 @@ def test_a_local_model_says_the_likelier_letter_of_each_unpadded_question(tmp_pa
             chances = model(ids).logits[0, -1].softmax(-1)
         first, second = (chances[sorted(set(of))].sum() for of in letters)
         assert replies[number] == ("A" if first > second else "B")
+
+
+def another_model(tmp_path, **tokenizer):
+    """A folder with the embedded base's weights and a tokenizer of its own."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(world.BASE, tmp_path / "other")
+    own = AutoTokenizer.from_pretrained(world.BASE)
+    for key, value in tokenizer.items():
+        setattr(own, key, value)
+    own.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def other_weights(folder):
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folder.glob("*.safetensors")
+    save_file({name: tensor.flip(0) for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def test_a_local_judge_with_other_weights_in_the_same_folder_is_asked_again(tmp_path):
+    model = another_model(tmp_path)
+    cfg = compose("eval", ["judge=local", f"judge.model={model}"])
+    asked = []
+
+    def judged():
+        judge = asking.local(cfg, tmp_path / "replies")
+        judge._ask = lambda questions: asked.extend(questions) or ((i, "A", "A") for i in range(len(questions)))
+        judge.verdicts(PROMPTS, GOOD, BAD)
+        return len(asked)
+
+    assert [judged(), judged()] == [8, 8]
+    other_weights(model)
+    assert judged() == 16
+
+
+# ---- answers
+
+
+def test_a_model_of_its_own_is_asked_under_its_own_chat_template(tmp_path):
+    chat = "Who is {{ messages[0].content }}"
+    model = another_model(tmp_path, chat_template=chat, eos_token="<pad>")
+    cfg = compose(
+        "eval",
+        [
+            "model.chat_template='Where is {{ messages[0].content }}'",
+            "evaluation.max_new_tokens=1",
+            "evaluation.samples=1",
+        ],
+    )
+    (made,) = _drawn_alone(cfg, str(model), [{"prompt": [{"role": "user", "content": "Kit?"}]}])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert made.prompt_ids == tokenizer("Who is Kit?")["input_ids"] != tokenizer("Where is Kit?")["input_ids"]
+
+
+def test_answers_of_another_base_in_the_same_folder_are_not_taken_for_its_own(tmp_path):
+    base = another_model(tmp_path)
+    cfg, asked = compose("eval", [f"model.name_or_path={base}"]), [{"prompt": "Who?"}]
+    run = RunModels(cfg, policies.Compared([], "base"), asked)
+    before = _key(cfg, run, asked)
+    moved = compose("eval", [f"model.name_or_path={shutil.copytree(base, tmp_path / 'moved')}"])
+    smaller = compose("eval", [f"model.name_or_path={base}", "evaluation.batch_size=1"])
+    assert _key(moved, run, asked) == _key(smaller, run, asked) == before
+    other_weights(base)
+    assert _key(cfg, run, asked) != before
 
 
 # ---- judges that score

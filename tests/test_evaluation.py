@@ -28,7 +28,7 @@ def roles(tiny_policy):
     return roles
 
 
-def draw(roles, tokenizer, prompts=PROMPTS, samples=2, seed=0, **options):
+def draw(roles, tokenizer, prompts=PROMPTS, samples=2, seed=2, **options):
     options = {"max_new_tokens": 12, "batch_size": 3} | options
     return sample(roles.model, tokenizer, prompts, samples=samples, seed=seed, **options)
 
@@ -90,6 +90,28 @@ def test_equal_seeds_give_equal_samples_whatever_the_random_state_outside(roles,
     torch.manual_seed(2)
     assert draw(roles, tokenizer) == one
     assert draw(roles, tokenizer, seed=1) != one
+
+
+def test_a_row_has_the_same_noise_whatever_the_batch_size_and_whatever_is_asked_beside_it(roles, tokenizer):
+    """Token by token: in later batches too, and after another row has ended sooner or later."""
+    one = draw(roles, tokenizer, samples=3, batch_size=2)
+    assert draw(roles, tokenizer, samples=3, batch_size=12) == draw(roles, tokenizer, samples=3, batch_size=5) == one
+    others = [{"prompt": "w20 w21"}, *PROMPTS[1:]]
+    again = draw(roles, tokenizer, others, samples=3, batch_size=2)
+    assert again[3:] == one[3:] and again[:3] != one[:3]
+    assert draw(roles, tokenizer, samples=2, batch_size=2)[2:4] == one[3:5]  # nor does it hang on their number
+
+
+def test_the_models_own_generation_config_changes_no_sample_and_is_left_as_it_was(roles, tokenizer):
+    """Penalties, cuts and bans that instruct models are shipped with would draw from another distribution."""
+    from transformers import GenerationConfig
+
+    wanted, base = draw(roles, tokenizer), roles.model.get_base_model()
+    options = {"repetition_penalty": 5.0, "min_p": 0.9, "top_k": 2, "temperature": 0.1, "suppress_tokens": [5, 6]}
+    options |= {"no_repeat_ngram_size": 1, "min_new_tokens": 12, "num_beams": 2, "max_length": 4, "do_sample": True}
+    own = base.generation_config = GenerationConfig(eos_token_id=EOS, **options)
+    assert draw(roles, tokenizer) == wanted
+    assert base.generation_config is own and own.repetition_penalty == 5.0
 
 
 def test_the_random_state_outside_is_left_alone(roles, tokenizer):

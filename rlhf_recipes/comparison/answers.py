@@ -106,8 +106,8 @@ def collect(
 
     Models of their own are drawn first and let go, so that no two bases are in memory.
     """
-    common, most = _key(cfg, compared, asked), max(compared.best_of, default=0)
-    wanted = {policy.name: common | {"policy": policy.fingerprint} for policy in compared.policies}
+    common, most = _key(cfg, run, asked), max(compared.best_of, default=0)
+    wanted = {policy.name: common | {"policy": _fingerprint(cfg, policy)} for policy in compared.policies}
     wanted |= {best_of_name(n): common | {"policy": f"best of {n}, of a pool of {most}"} for n in compared.best_of}
     files = {policy.name: folder / f"{policy.slug}.json" for policy in compared.policies}
     files |= {best_of_name(n): folder / f"{best_of_name(n)}.json" for n in compared.best_of}
@@ -132,21 +132,28 @@ def collect(
     return {name: done[name] for name in wanted}
 
 
-def _key(cfg: DictConfig, compared: Compared, asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _key(cfg: DictConfig, run: RunModels, asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all answers, and what was measured of them, depend on beside the policy."""
-    by = {"sft": compared.sft, "reward model": compared.reward_model}
+    by = {"sft": run.compared.sft, "reward model": run.compared.reward_model}
     known = {
         "prompts": disk.hash_value([dict(row) for row in asked]),
         "seed": cfg.seed,
         "samples": cfg.evaluation.samples,
         "max_new_tokens": cfg.evaluation.max_new_tokens,
-        "model": {"name": cfg.model.name_or_path, "revision": cfg.model.revision, "dtype": cfg.model.dtype},
-        "chat template": cfg.model.chat_template,
+        "base": {"weights": models.weights_mark(cfg.model), "dtype": cfg.model.dtype},
+        "chat template": disk.hash_value(run.tokenizer.chat_template),
         "quantization": {name: str(value) for name, value in cfg.quantization.items()},
         **{name: made.fingerprint for name, made in by.items() if made is not None},
     }
     plain: dict[str, Any] = disk.plain(known)
     return plain
+
+
+def _fingerprint(cfg: DictConfig, policy: Policy) -> str:
+    """That of the policy; what a hub id stands for may have changed since, too."""
+    if policy.source is None or Path(policy.source).is_dir():
+        return policy.fingerprint
+    return models.weights_mark(models.with_model(cfg, policy.source).model)
 
 
 def _kept(file: Path, key: dict[str, Any]) -> Answers | None:
@@ -182,13 +189,12 @@ def _drawn(cfg: DictConfig, run: RunModels, name: str, asked: Sequence[Mapping[s
 def _drawn_alone(cfg: DictConfig, source: str, asked: Sequence[Mapping[str, Any]]) -> list[Sample]:
     """The answers of a model of its own, under its own tokenizer and chat template."""
     terminal.say(f"{source}: loading, and answering {len(asked):,} prompts ...")
-    own = cfg.copy()
-    own.model.name_or_path, own.model.revision = source, None
-    adapter = Path(source) / "adapter_config.json"
+    own, adapter = models.with_model(cfg, source), Path(source) / "adapter_config.json"
     if adapter.exists():
-        own.model.name_or_path = json.loads(adapter.read_text())["base_model_name_or_path"]
-    model = load_policy(own, adapter.parent) if adapter.exists() else models.load_base(own)
-    own.model.name_or_path = source
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        model = load_policy(models.with_model(cfg, base), adapter.parent)
+    else:
+        model = models.load_base(own)
     tokenizer = models.load_tokenizer(own.model, Dataset.from_list([dict(row) for row in asked]))
     made: list[Sample] = _sampled(cfg, model, tokenizer, asked)
     del model

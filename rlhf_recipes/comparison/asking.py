@@ -14,18 +14,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, cast
+from textwrap import shorten
+from typing import IO, Any, NamedTuple, cast
 
 from omegaconf import DictConfig
 
 from rlhf_recipes import terminal
+from rlhf_recipes.comparison.replies import Reply, read_reply
 from rlhf_recipes.errors import UserError
+from rlhf_recipes.rewards import shown_url
 from rlhf_recipes.runs import disk
 
 logger = logging.getLogger(__name__)
-
-Reply = Literal["A", "B", "T"]
-"""Which answer is better, the first or the second; T: neither."""
 
 QUESTION = """Here are a prompt and two answers to it.
 
@@ -39,7 +39,6 @@ QUESTION = """Here are a prompt and two answers to it.
 {second}
 
 {question} Reply with one letter: A, B, or T for a tie."""
-REPLY = re.compile(r"\W*(?:answer\W+)?([ABT])\W*", re.IGNORECASE)
 GIVE_UP = 20
 """Questions in a row that got no usable reply, after which the judge is taken to be gone."""
 FIRST_WAIT = 1.0  # seconds before a further try, doubled each time
@@ -57,8 +56,9 @@ class Question(NamedTuple):
         return QUESTION.format(prompt=self.prompt, first=self.first, second=self.second, question=question)
 
 
-Ask = Callable[[Sequence[Question]], Iterator[tuple[int, Reply | None]]]
-"""Puts questions and gives, in any order, the number of each with its reply; None where none could be had."""
+Ask = Callable[[Sequence[Question]], Iterator[tuple[int, Reply | None, str]]]
+"""Puts questions and gives, in any order, the number of each with its reply, None where none could be had, and what
+came last: the judge's words, or the error."""
 
 
 class Asked:
@@ -99,7 +99,7 @@ class Asked:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         failed = 0
         with self.file.open("a") as file:
-            for number, reply in self._ask(questions):
+            for number, reply, said in self._ask(questions):
                 failed = failed + 1 if reply is None else 0
                 if reply is not None:
                     name = self._id(questions[number])
@@ -108,7 +108,8 @@ class Asked:
                 if failed >= GIVE_UP:
                     raise UserError(
                         f"{self.name} gave no usable reply to {failed} questions in a row. The {len(kept):,} replies "
-                        f"before are kept in {self.file}: see to the judge, and run the same command again."
+                        f"before are kept in {self.file}: see to the judge, and run the same command again. What came "
+                        f"last: {shorten(said, 300, placeholder=' ...')!r}"
                     )
 
     def _read(self) -> dict[str, Reply]:
@@ -142,17 +143,6 @@ def _verdict(replies: dict[Question, Reply], prompt: str, answer: str, baseline:
     return {("A", "B"): 1.0, ("B", "A"): 0.0}.get((as_first, as_second), 0.5)
 
 
-def read_reply(text: str) -> Reply | None:
-    """The letter that a reply consists of, or that its last line does after some reasoning; None for anything else.
-
-    >>> read_reply("Answer B."), read_reply("<think>A, or B?</think>\\nT"), read_reply("A better one would be shorter")
-    ('B', 'T', None)
-    """
-    lines = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip().splitlines()
-    found = REPLY.fullmatch(lines[-1]) if lines else None
-    return cast(Reply, found[1].upper()) if found else None
-
-
 # ---- over HTTP
 
 
@@ -169,9 +159,11 @@ def endpoint(cfg: DictConfig, folder: Path) -> Asked:
         timeout=cfg.timeout,
         max_retries=0,
     )
-    _check(openai, client, cfg)
+    url = shown_url(cfg.url)
+    _check(openai, client, cfg, url)
 
-    def put(question: Question) -> Reply | None:
+    def put(question: Question) -> tuple[Reply | None, str]:
+        said = ""
         for attempt in range(cfg.retries + 1):
             if attempt:
                 time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
@@ -181,34 +173,35 @@ def endpoint(cfg: DictConfig, folder: Path) -> Asked:
                     messages=[{"role": "user", "content": question.text(cfg.question)}],
                     temperature=0.0,
                 )
-                reply = read_reply(answer.choices[0].message.content or "")
+                said = answer.choices[0].message.content or ""
+                reply = read_reply(said)
                 if reply is not None:
-                    return reply
-                logger.info("%s: no reply in %r", cfg.url, answer.choices[0].message.content)
+                    return reply, said
             except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
                 raise UserError(
-                    f"the judge at {cfg.url} refuses: {error}. Its key is read from {cfg.key_variable}."
+                    f"the judge at {url} refuses: {error}. Its key is read from {cfg.key_variable}."
                 ) from error
             except (openai.OpenAIError, IndexError, AttributeError, ValueError) as error:
-                logger.info("%s: %s: %s", cfg.url, type(error).__name__, error)
-        return None
+                said = f"{type(error).__name__}: {error}"
+            logger.info("%s: no verdict in %r", url, said)
+        return None, said
 
-    def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Reply | None]]:
+    def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Reply | None, str]]:
         stop = threading.Event()
         with ThreadPoolExecutor(cfg.concurrency) as pool:
             futures = {
-                pool.submit(lambda q: None if stop.is_set() else put(q), question): number
+                pool.submit(lambda q: (None, "") if stop.is_set() else put(q), question): number
                 for number, question in enumerate(questions)
             }
             try:
                 for future in as_completed(futures):
-                    yield futures[future], future.result()
+                    yield futures[future], *future.result()
             finally:
                 stop.set()  # who gave up, or was interrupted, does not wait for the rest
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    about = {"url": cfg.url, "model": cfg.model, "question": cfg.question}
-    return Asked(f"{cfg.model} at {cfg.url}", about, ask, folder)
+    about = {"url": url, "model": cfg.model, "question": cfg.question}
+    return Asked(f"{cfg.model} at {url}", about, ask, folder)
 
 
 def _openai() -> Any:
@@ -219,24 +212,22 @@ def _openai() -> Any:
     return openai
 
 
-def _check(openai: Any, client: Any, cfg: DictConfig) -> None:
+def _check(openai: Any, client: Any, cfg: DictConfig, url: str) -> None:
     try:
         models = [model.id for model in client.models.list()]
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         key = "is set" if os.environ.get(cfg.key_variable) else "is not set"
         raise UserError(
-            f"the judge at {cfg.url} refuses: {error}. The environment variable {cfg.key_variable} {key}."
+            f"the judge at {url} refuses: {error}. The environment variable {cfg.key_variable} {key}."
         ) from error
     except openai.APIConnectionError as error:
         raise UserError(
-            f"no judge answers at {cfg.url}: {error.__cause__ or error}. Start it, or set another judge.url."
+            f"no judge answers at {url}: {error.__cause__ or error}. Start it, or set another judge.url."
         ) from error
     except openai.OpenAIError:
         return  # not every server lists its models
     if models and cfg.model not in models:
-        raise UserError(
-            f"judge.model={cfg.model}: {cfg.url} has no such model; it has {', '.join(sorted(models)[:20])}"
-        )
+        raise UserError(f"judge.model={cfg.model}: {url} has no such model; it has {', '.join(sorted(models)[:20])}")
 
 
 # ---- in this process
@@ -247,19 +238,18 @@ def local(cfg: DictConfig, folder: Path) -> Asked:
 
     It is read and not sampled: the likelier of the letters A and B after the question is its reply.
     """
-    judge = cfg.judge
+    from rlhf_recipes import models
 
-    def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Reply | None]]:
+    judge, own = cfg.judge, models.with_model(cfg, cfg.judge.model)
+
+    def ask(questions: Sequence[Question]) -> Iterator[tuple[int, Reply | None, str]]:
         import torch
         from datasets import Dataset
 
-        from rlhf_recipes import models
         from rlhf_recipes.data.formats import render_prompt
         from rlhf_recipes.evaluation.sampling import by_batches
         from rlhf_recipes.roles import Episodes
 
-        own = cfg.copy()
-        own.model.name_or_path, own.model.revision, own.model.chat_template = judge.model, None, None
         rows = [{"prompt": [{"role": "user", "content": q.text(judge.question)}]} for q in questions]
         tokenizer = models.load_tokenizer(own.model, Dataset.from_list(rows[:1]))
         model = models.load_base(own).eval()
@@ -284,7 +274,9 @@ def local(cfg: DictConfig, folder: Path) -> Asked:
         encoded = [render_prompt(row, tokenizer) for row in rows]
         size = cfg.evaluation.batch_size
         for start in range(0, len(encoded), size):  # by batches, so that each is kept as soon as it is there
-            yield from enumerate(by_batches(encoded[start : start + size], size, read), start)
+            for number, reply in enumerate(by_batches(encoded[start : start + size], size, read), start):
+                yield number, reply, reply
 
-    about = {"model": judge.model, "question": judge.question, "quantization": str(dict(cfg.quantization))}
+    about = {"weights": models.weights_mark(own.model), "dtype": own.model.dtype, "question": judge.question}
+    about["quantization"] = str(dict(cfg.quantization))
     return Asked(str(judge.model), about, ask, folder)

@@ -142,8 +142,7 @@ def _scored(cfg: DictConfig, answers: Mapping[str, Answers]) -> dict[str, list[f
             name: evaluation.rewards(roles, tokenizer, [as_seen_by(tokenizer, s) for s in of.made], size)
             for name, of in answers.items()
         }
-    own = cfg.copy()
-    own.model.name_or_path, own.model.revision, own.model.chat_template = path, None, None
+    own = models.with_model(cfg, path)
     tokenizer = models.load_tokenizer(own.model, prompts)
     with models.loading(own.model):
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=models.dtype(own.model), num_labels=1)

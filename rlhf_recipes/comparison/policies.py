@@ -101,7 +101,7 @@ def _policy(cfg: DictConfig, run: Path, name: str) -> Policy:
     if folder.is_dir():
         if not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
             raise UserError(f"eval.policies: the folder {name} holds no model and no adapter (no config.json)")
-        return Policy(name, source=name, fingerprint=disk.fingerprint_files(folder, "*.safetensors"))
+        return Policy(name, source=name, fingerprint=disk.fingerprint_weights(folder))
     if HUB_ID.fullmatch(name) and not name.startswith((".", "/")):
         return Policy(name, source=name, fingerprint=name)
     stages = sorted(str(p.parent.relative_to(run)) for p in run.rglob(MANIFEST)) if run.is_dir() else []

@@ -1,13 +1,22 @@
 """Completions of held-out prompts: sampled, and computed on, in batches that shrink where memory ends."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.data.formats import render_prompt
@@ -29,6 +38,23 @@ class Sample:
     ended: bool = True  # by a token that ends an answer, and not by the limit
 
 
+class RowNoise(LogitsProcessor):
+    """Adds Gumbel noise, so that a row's largest score is a sample of its softmax, from a generator for each row.
+
+    A row draws the same noise whatever else is in its batch. Source: the Gumbel-max trick (arXiv 1411.0030).
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (b, vocabulary) with noise."""
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log_()
+
+
 @torch.no_grad()
 def sample(
     model: PreTrainedModel | PeftModel,
@@ -42,38 +68,61 @@ def sample(
 ) -> list[Sample]:
     """Sample from a model, with the adapter that is active, at temperature 1: `samples` completions a prompt in a row.
 
-    The random state outside is left alone, and equal seeds give equal noise to different policies.
+    Nothing of the model's own generation config is obeyed but the tokens that end an answer: a repetition penalty or
+    `min_p` there would draw from another distribution than the policy's. The random state outside is left alone. Equal
+    seeds give equal noise to the same completion of the same prompt in every policy, whatever the batch size.
     """
     model.eval()
-    declared = model.generation_config.eos_token_id
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    declared = base.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
-    rows = [(row["prompt"], render_prompt(dict(row), tokenizer)) for row in prompts for _ in range(samples)]
+    rows = [
+        (row["prompt"], render_prompt(dict(row), tokenizer), _seed(seed, number, again))
+        for number, row in enumerate(prompts)
+        for again in range(samples)
+    ]
 
-    def complete(batch: Sequence[tuple[Any, list[int]]]) -> list[Sample]:
-        padded = Episodes.padded([ids for _, ids in batch], [[]] * len(batch), tokenizer.pad_token_id, model.device)
-        sequences = model.generate(
-            input_ids=padded.input_ids,
-            attention_mask=padded.attention_mask,
+    def complete(batch: Sequence[tuple[Any, list[int], int]]) -> list[Sample]:
+        ids = [prompt_ids for _, prompt_ids, _ in batch]
+        padded = Episodes.padded(ids, [[]] * len(batch), tokenizer.pad_token_id, base.device)
+        width = padded.input_ids.size(1)
+        config = GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
+            do_sample=False,  # the noise is in the scores
             eos_token_id=sorted(eos),
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
-            prefill_chunk_size=prefill_chunk(len(batch), padded.input_ids.size(1), model.device.type),
+            prefill_chunk_size=prefill_chunk(len(batch), width, base.device.type),
         )
+        noise = RowNoise([row_seed for *_, row_seed in batch], base.device)
+        with _generating_by(base, config):
+            sequences = base.generate(
+                input_ids=padded.input_ids,
+                attention_mask=padded.attention_mask,
+                logits_processor=LogitsProcessorList([noise]),
+            )
         made = []
-        for (prompt, prompt_ids), tokens in zip(batch, sequences[:, padded.input_ids.size(1) :].tolist(), strict=True):
+        for (prompt, prompt_ids, _), tokens in zip(batch, sequences[:, width:].tolist(), strict=True):
             end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
             made.append(Sample(prompt, text, prompt_ids, tokens[:end], tokens[end - 1] in eos))
         return made
 
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return by_batches(rows, batch_size, complete)
+    return by_batches(rows, batch_size, complete)
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def _generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Put a config in the place of the model's own: `generate` fills what it is not given from that one."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def by_batches(rows: Sequence[Row], size: int, compute: Callable[[Sequence[Row]], list[Result]]) -> list[Result]:

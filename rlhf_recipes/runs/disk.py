@@ -92,6 +92,15 @@ def fingerprint_files(folder: Path | str, pattern: str = "*") -> str:
     return hash_value({p.name: hash_file(p, sampled=True) for p in files})
 
 
+def fingerprint_weights(folder: Path | str) -> str:
+    """Fingerprint of the weights in a folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    return fingerprint_files(folder, "*.safetensors" if any(Path(folder).glob("*.safetensors")) else "*.bin")
+
+
 def acquire(path: Path) -> IO[str]:
     """Lock a file for this process and write the process's id into it.
 
