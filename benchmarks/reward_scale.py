@@ -63,7 +63,9 @@ def train(source: str, scale: float, seed: int, runs: Path, common: Sequence[str
 
 def scaled(reward_model: Path, scale: float, folder: Path) -> Path:
     """A copy of a reward adapter whose scores are `scale` times as large."""
-    shutil.copytree(reward_model, folder, dirs_exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "metrics.json"):  # the manifest knows the scale
+        shutil.copy(reward_model / name, folder)
     head = json.loads((reward_model / "head.json").read_text())
     (folder / "head.json").write_text(json.dumps(head | {"std": head["std"] / scale}))
     return folder

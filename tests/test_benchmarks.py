@@ -407,6 +407,8 @@ def test_every_rival_stands_beside_ours_with_all_layers_trained(
 
 def test_a_scaled_reward_adapter_scores_as_many_times_as_much(tmp_path: Path) -> None:
     (tmp_path / "rm").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "metrics.json"):
+        (tmp_path / "rm" / name).touch()
     (tmp_path / "rm" / "head.json").write_text(json.dumps({"mean": 3.0, "std": 2.0}))
 
     folder = reward_scale.scaled(tmp_path / "rm", 20.0, tmp_path / "copy")
