@@ -14,6 +14,7 @@ computed once for a batch and serves every role and every pass.
 """
 
 import copy
+import inspect
 import json
 import logging
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -77,6 +78,7 @@ class Roles:
         self.full_precision(POLICY)
         if (lm_head := model.get_output_embeddings()) is not None:
             lm_head.register_forward_pre_hook(_contiguous_on_cpu)
+        _positions_from_mask(self.decoder)
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module._cast_input_dtype = _cast_outside_autocast
@@ -85,7 +87,7 @@ class Roles:
 
     def parameters(self, adapter: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters under the names that PEFT saves them by."""
-        part = re.compile(rf"(\.lora_\w+|\.modules_to_save)\.{adapter}(?=\.|$)")
+        part = re.compile(rf"(\.lora_\w+|\.modules_to_save|\.trainable_tokens_delta)\.{adapter}(?=\.|$)")
         return {
             part.sub(lambda found: found[1].replace(".modules_to_save", ""), name): parameter
             for name, parameter in self.model.named_parameters()
@@ -99,7 +101,9 @@ class Roles:
 
     def add_copy(self, adapter: str, source: str) -> None:
         """Add an adapter equal to another one in every tensor."""
-        self.model.add_adapter(adapter, self.model.peft_config[source])
+        config = copy.copy(self.model.peft_config[source])
+        config.init_lora_weights = True  # its tensors come next; some initializations would change the base
+        self.model.add_adapter(adapter, config)
         self.full_precision(adapter)
         copies = self.parameters(adapter)
         for name, parameter in self.parameters(source).items():
@@ -208,8 +212,15 @@ class Roles:
             frozen = self.layer_parameters(adapter, self.layers[: self.frozen_layers] + self.frozen_top)
             own = [p for name, p in self.parameters(adapter).items() if name not in frozen]
             self.trained[adapter] = own + list(self.heads[adapter].parameters() if adapter in self.heads else ())
-        for head in self.heads.values():
-            head.requires_grad_(False)
+            if not self.trained[adapter]:
+                raise UserError(
+                    f"nothing would be trained: all layers with an adapter are frozen, {self.frozen_layers} of "
+                    f"{len(self.layers)} from the bottom (`trunk`) and {len(self.frozen_top)} from the top "
+                    "(`frozen_top`). Lower them, or adapt other layers where the SFT adapter is made "
+                    "(`layers_to_transform`)."
+                )
+        for module in (self.model, *self.heads.values()):
+            module.requires_grad_(False)
         peft_class = type(self.model)
 
         def set_adapter(adapter_name: str, inference_mode: bool = False) -> None:
@@ -346,7 +357,7 @@ class Roles:
         Args:
             model: this model as a trainer wrapped it, so that gradients are reduced over processes.
         """
-        logits = (model or self.model)(
+        logits = (self.model if model is None else model)(  # a compiled model would answer `or` with its length
             input_ids=input_ids,
             attention_mask=attention_mask,
             # the states that say the next token; as indices, since the one too many that a number keeps costs logits
@@ -410,6 +421,67 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     if not file.exists():
         raise UserError(f"no adapter in {folder} (looked for {ADAPTER_FILE})")
     return load_file(file)
+
+
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of `init_lora_weights` (or how they begin) that take from the base's weights what they put in the adapter."""
+
+
+def check_adapter(config: PeftConfig | None) -> None:
+    """Refuse an adapter that cannot stand beside others on one base.
+
+    Raises:
+        UserError: no LoRA adapter, one with biases, or one whose initialization changes the base.
+    """
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
+        kind = "the model has no adapter `default`" if config is None else f"{config.peft_type.value} is no LoRA"
+        raise UserError(
+            f"{kind}: policy, reference, reward and value are LoRA adapters on one base. Use a LoraConfig "
+            "(use_dora, use_rslora, rank_pattern and alpha_pattern may be set)."
+        )
+    if config.bias != "none":
+        raise UserError(
+            f"bias={config.bias!r} trains the base's own biases, and all roles share the base: use bias='none' "
+            "(or lora_bias=True, whose biases are the adapter's)"
+        )
+    if str(config.init_lora_weights).lower().startswith(CHANGE_THE_BASE):
+        raise UserError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base's weights, and all roles and stages "
+            "share the base. Use true, gaussian, orthogonal or mica (use_rslora and use_dora are other ways to learn "
+            "faster); PEFT makes a plain adapter of one that was trained so by "
+            "`model.save_pretrained(folder, path_initial_model_for_weight_conversion=...)`."
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Switch off every dropout of a model, those too that its layers call as a function, and layers dropped whole."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):  # some layers read their config as they run
+            for name, value in vars(holder).items() if holder is not None else ():
+                if isinstance(value, float) and re.search("dropout|pdrop|layerdrop", name):
+                    setattr(holder, name, 0.0)
+
+
+def _positions_from_mask(decoder: nn.Module) -> None:
+    """Let a decoder count the positions of padded rows (b, s) from their first real token, as generation does.
+
+    Without it, models with absolute positions see a row padded on the left somewhere else than they generated it.
+    """
+    names = list(inspect.signature(decoder.forward).parameters)
+    config = getattr(decoder, "config", None)
+    if "position_ids" not in names or config is None or config.get_text_config() is not config:
+        return  # without positions, or with those of images too, which the model counts itself
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        mask = given.get("attention_mask")
+        if mask is None or mask.ndim != 2 or any(given.get(x) is not None for x in ("position_ids", "past_key_values")):
+            return None
+        return args, kwargs | {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
+
+    decoder.register_forward_pre_hook(count, with_kwargs=True)
 
 
 def _contiguous_on_cpu(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

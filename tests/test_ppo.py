@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PromptTuningConfig, VeraConfig, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import GRPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
@@ -106,6 +107,29 @@ def test_dropout_is_off_so_that_the_ratio_starts_at_one(make_trainer, tiny_llama
     assert history(trainer, "ratio")[0] == 1
 
 
+def test_dropout_that_layers_call_as_a_function_is_off_too(make_trainer, tiny_llama):
+    base = tiny_llama()
+    for layer in base.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    trainer = make_trainer(model, max_steps=1)
+    trainer.train()
+    assert (history(trainer, "kl")[0], history(trainer, "ratio")[0]) == (0, 1)
+    assert trainer.roles.trunk_layers == 2
+
+
+def test_a_mixture_of_experts_trains_without_the_balancing_loss_of_its_frozen_routers(make_trainer, tiny_llama):
+    torch.manual_seed(0)
+    shape = tiny_llama().config.to_diff_dict()
+    shape = {k: v for k, v in shape.items() if k not in ("model_type", "architectures")}
+    base = MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=4))
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = make_trainer(get_peft_model(base, lora), max_steps=2)
+    trainer.train()
+    assert (history(trainer, "kl")[0], history(trainer, "ratio")[0]) == (0, 1)
+    assert not history(trainer, "aux_loss")
+
+
 def test_kl_is_zero_at_the_start_on_a_4_bit_base(make_trainer, tmp_path, tiny_llama):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -146,6 +170,17 @@ def test_the_optimizer_holds_the_upper_layers_and_the_value_head_each_with_its_l
     held = {id(p): group["lr"] for group in groups for p in group["params"]}
     wanted = {id(p): 1e-3 for p in trainer.roles.trained[POLICY]} | {id(p): 1e-4 for p in trainer.roles.trained[VALUE]}
     assert held == wanted
+
+
+def test_an_lm_head_trained_with_the_adapter_is_in_the_optimizer_once(make_trainer, tiny_llama):
+    lora = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    trainer = make_trainer(get_peft_model(tiny_llama(), lora))
+    policy, critic = trainer.create_optimizer().param_groups[0]["params"], trainer.optimizer.param_groups[-1]["params"]
+    assert {id(p) for p in policy} == {id(p) for p in trainer.roles.trained[POLICY]}
+    assert {id(p) for p in critic} == {id(p) for p in trainer.roles.trained[VALUE]}
+    before = weights(trainer, POLICY)
+    trainer.train()
+    assert "default/base_model.model.lm_head.weight" in moved(before, weights(trainer, POLICY))
 
 
 def test_a_frozen_critic_does_not_move(make_trainer):
@@ -781,6 +816,8 @@ def test_conversational_prompts_are_rendered_by_the_chat_template(make_trainer, 
         ({"num_generations": 3}, "num_generations=3 does not divide the 128 episodes"),
         ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, "no multiple of gradient_accumulation_steps=4"),
         ({"generation_batch_size": 1}, "rollout batch of one episode"),
+        ({"router_aux_loss_coef": 0.1}, "0 or null: routers are frozen"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "no gradients above frozen layers; leave it out"),
     ],
 )
 def test_config_refuses_what_cannot_work_and_says_what_to_do(kwargs, message):
@@ -793,6 +830,57 @@ def test_a_model_without_an_adapter_is_refused(tiny_llama, tokenizer, prompts):
         PPOTrainer(
             tiny_llama(), count_w3, PPOConfig("out", bf16=False), train_dataset=prompts, processing_class=tokenizer
         )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (IA3Config(task_type="CAUSAL_LM"), "IA3 is no LoRA"),
+        (LoHaConfig(task_type="CAUSAL_LM"), "LOHA is no LoRA"),
+        (VeraConfig(task_type="CAUSAL_LM"), "VERA is no LoRA"),
+        (OFTConfig(task_type="CAUSAL_LM"), "OFT is no LoRA"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING is no LoRA"),
+        (LoraConfig(task_type="CAUSAL_LM", bias="all"), "bias='all' trains the base's own biases"),
+        (
+            LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa_niter_4"),
+            "changes the base's weights.*conversion",
+        ),
+        (LoraConfig(task_type="CAUSAL_LM", init_lora_weights="olora"), "Use true, gaussian, orthogonal"),
+    ],
+)
+def test_an_adapter_that_cannot_share_the_base_is_refused_before_a_model_is_loaded(prompts, config, message):
+    with pytest.raises(UserError, match=message):
+        PPOTrainer("no-such-model", count_w3, PPOConfig("out", bf16=False), prompts, peft_config=config)
+
+
+@pytest.mark.parametrize("adapter", [{"use_dora": True}, {"rank_pattern": {"q_proj": 2}}, {"use_rslora": True}])
+def test_other_kinds_of_lora_train_as_plain_lora_does(make_trainer, tiny_llama, adapter):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **adapter)
+    trainer = make_trainer(get_peft_model(tiny_llama(), lora), max_steps=3)
+    before = weights(trainer, POLICY, VALUE)
+    trainer.train()
+    assert history(trainer, "ratio")[0] == 1 and history(trainer, "kl")[0] == 0
+    upper = {n for n in before if ".layers.2." in n or ".layers.3." in n}
+    assert moved(before, weights(trainer, POLICY, VALUE)) == upper | {"value/head"}
+
+
+def test_a_trunk_over_all_layers_with_an_adapter_is_refused(make_trainer, tiny_llama):
+    lora = LoraConfig(target_modules=["q_proj"], layers_to_transform=[0, 1], task_type="CAUSAL_LM")
+    with pytest.raises(UserError, match=r"nothing would be trained: all layers with an adapter are frozen, 2 of 4"):
+        make_trainer(get_peft_model(tiny_llama(), lora))
+
+
+@pytest.mark.parametrize("given", [{"tools": [len]}, {"environment_factory": dict}, {"rollout_func": len}])
+def test_tokens_that_the_policy_did_not_write_are_refused(tiny_policy, tokenizer, prompts, given):
+    args = PPOConfig("out", bf16=False, use_cpu=True)
+    with pytest.raises(UserError, match="completions would hold tokens that the policy did not write"):
+        PPOTrainer(tiny_policy(), count_w3, args, prompts, processing_class=tokenizer, **given)
+
+
+def test_images_which_only_generation_would_see_are_refused(tiny_policy, tokenizer, prompts):
+    rows = prompts.add_column("image", [None] * len(prompts))
+    with pytest.raises(UserError, match="the prompts have image, which PPOTrainer would generate from, but not score"):
+        PPOTrainer(tiny_policy(), count_w3, PPOConfig("out", bf16=False), rows, processing_class=tokenizer)
 
 
 def test_an_adapter_without_a_head_is_no_reward_model(make_trainer, tiny_policy, tmp_path):

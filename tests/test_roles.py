@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from transformers import LlamaForSequenceClassification
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.roles import HEAD_FILE, POLICY, REFERENCE, REWARD, VALUE, Roles, last_real_token
@@ -165,6 +165,41 @@ def test_no_gradient_reaches_the_trunk_under_checkpointing(roles):
         roles.model(input_ids=IDS, attention_mask=ATTENTION, use_cache=False).logits.sum().backward()
     assert not reached
     assert roles.trained[POLICY][0].grad is not None
+
+
+def test_rows_padded_on_the_left_are_scored_as_they_are_alone_where_positions_are_absolute():
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=43, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2))
+    lora = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    roles = Roles(get_peft_model(base, lora).eval(), trunk=0)
+    padded = roles.token_logps(IDS, ATTENTION, 2)[0][1]
+    alone = roles.token_logps(IDS[1:, 2:], ATTENTION[1:, 2:], 2)[0][0]
+    torch.testing.assert_close(padded, alone)
+    hidden = [roles.hidden_states(ids, mask)[-1, -1] for ids, mask in ((IDS, ATTENTION), (IDS[1:, 2:], None))]
+    torch.testing.assert_close(*hidden)
+
+
+def test_a_compiled_model_is_scored_with_though_it_answers_for_its_length(roles):
+    class Compiled(torch.nn.Module):  # as torch.compile's
+        def forward(self, **kwargs):
+            return roles.model(**kwargs)
+
+        def __len__(self):
+            raise TypeError("object of type 'OptimizedModule' has no len()")
+
+    logps = [roles.token_logps(IDS, ATTENTION, 2, model=model)[0] for model in (None, Compiled())]
+    torch.testing.assert_close(*logps)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "eva"])
+def test_a_copy_leaves_the_base_as_it_is_however_its_source_began(tiny_llama, init):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=init)
+    model = get_peft_model(tiny_llama(), lora)
+    before = model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.clone()
+    roles = Roles(model, trunk=0)
+    roles.add_copy(REFERENCE, POLICY)
+    assert torch.equal(model.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight, before)
+    assert all(torch.equal(p, roles.parameters(REFERENCE)[n]) for n, p in roles.parameters(POLICY).items())
 
 
 def reward_classifier(policy):

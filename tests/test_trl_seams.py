@@ -96,7 +96,6 @@ FUNCTIONS = {
     peft.utils.save_and_load.get_peft_model_state_dict: "model state_dict adapter_name",
     trl.trainer.utils.pad: "tensors padding_value padding_side pad_to_multiple_of",
     trl.trainer.utils.selective_log_softmax_and_entropy: "logits index entropy_requires_grad temperature",
-    trl.trainer.utils.disable_dropout_in_model: "model",
     trl.trainer.utils.shuffle_sequence_dict: "seq_dict",  # what they do with lists: tests/test_rollout.py
     trl.trainer.utils.split_tensor_dict: "tensor_dict num_chunks",
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model: "module params_and_buffers_to_ignore",

@@ -312,6 +312,7 @@ def _faults(args: PPOConfig) -> list[str]:
         "reward_ensemble": (args.reward_ensemble in ENSEMBLES, f"one of {', '.join(ENSEMBLES)}"),
         "reward_spread_coef": (args.reward_spread_coef >= 0, "0 or more"),
         "reward_clip": (args.reward_clip is None or args.reward_clip > 0, "positive or null"),
+        "router_aux_loss_coef": (not args.router_aux_loss_coef, "0 or null: routers are frozen, as all of the base is"),
         "rollout_batch_size": (args.rollout_batch_size is None or args.rollout_batch_size >= 1, "at least 1, or null"),
     }
     found += [f"{name}={getattr(args, name)!r} must be {rule}" for name, (holds, rule) in rules.items() if not holds]
@@ -322,6 +323,10 @@ def _faults(args: PPOConfig) -> list[str]:
         )
     if args.kl_target is not None and args.beta == 0:
         found.append("kl_target needs a beta above 0 to start from: an adaptive coefficient only scales it")
+    if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        found.append(
+            "gradient_checkpointing_kwargs: use_reentrant=True gives no gradients above frozen layers; leave it out"
+        )
     if args.use_vllm and find_spec("vllm") is None:
         found.append(f"use_vllm=True: {VLLM_IS_MISSING}")
     ways = [n for n in ("cuda_graphs", "use_vllm", "use_transformers_continuous_batching") if getattr(args, n)]

@@ -24,7 +24,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
-from trl.trainer.utils import disable_dropout_in_model
 
 from rlhf_recipes.backoff import back_off, in_chunks, until_it_fits
 from rlhf_recipes.data.formats import render
@@ -45,7 +44,7 @@ from rlhf_recipes.ppo.advantages import (
 from rlhf_recipes.ppo.backends import continuous_batching, cuda_graphs, merged_weights
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rollout import WIDTHS, Rollout
-from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles
+from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles, check_adapter, disable_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +108,8 @@ class PPOTrainer(GRPOTrainer):
                 "PPOTrainer trains adapters: pass a PeftModel, or a `peft_config` such as "
                 "LoraConfig(target_modules='all-linear', task_type='CAUSAL_LM')"
             )
+        check_adapter(model.peft_config.get(POLICY) if isinstance(model, PeftModel) else peft_config)
+        _refuse_what_the_policy_did_not_write(train_dataset, kwargs)
         if args.use_vllm and getattr(model, "quantization_method", None) is not None:
             raise UserError("use_vllm=True cannot sample from a quantized base: vLLM would be sent its packed weights")
         if args.ptx_coef and ptx_dataset is None:
@@ -140,6 +141,7 @@ class PPOTrainer(GRPOTrainer):
             **kwargs,
         )
         args.beta = beta
+        self.aux_loss_enabled = False  # that of a mixture of experts: its routers are frozen, as all of the base is
         if args.use_vllm:
             self.vllm_generation._iter_named_params = functools.partial(merged_weights, self.model)
         if args.top_p < 1 or args.top_k > 0 or args.min_p:
@@ -165,8 +167,6 @@ class PPOTrainer(GRPOTrainer):
     def _assign_roles(self, reward_adapters: list[Path]) -> Roles:
         """Add reference, reward and value to the policy, and settle what trains."""
         args, model = self.args, self.model
-        if str(model.peft_config[POLICY].init_lora_weights).lower().startswith(("pissa", "milora")):
-            logger.warning("PiSSA and MiLoRA initializations are reported to collapse in RL (arXiv 2512.23165)")
         roles = Roles(model, args.trunk, args.frozen_top)
         roles.add_copy(REFERENCE, POLICY)
         if reward_adapters:
@@ -188,7 +188,7 @@ class PPOTrainer(GRPOTrainer):
                 shared,
                 roles.frozen_layers,
             )
-        disable_dropout_in_model(model)  # with dropout, the ratio would not start at 1
+        disable_dropout(model)  # with dropout, the ratio would not start at 1
         # the critic's gradients are reduced by hand, since its passes do not go through the wrapped model
         ignored = [name for name, _ in model.named_parameters() if f".{VALUE}." in name]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -657,6 +657,20 @@ def _settle_evaluations(args: PPOConfig, eval_dataset: Any) -> None:
     if eval_dataset is None and args.eval_strategy != "no":
         args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False
         logger.warning("no eval_dataset: no held-out prompts are scored, and the last checkpoint counts, not the best")
+
+
+def _refuse_what_the_policy_did_not_write(rows: Any, given: dict[str, Any]) -> None:
+    """Every token of a completion is taken for the policy's own, in the KL, the values, the advantages and the loss."""
+    if taken := [name for name in ("tools", "environment_factory", "rollout_func") if given.get(name)]:
+        raise UserError(
+            f"{' and '.join(taken)}: completions would hold tokens that the policy did not write, and PPOTrainer "
+            "trains on every token of a completion. TRL's GRPOTrainer masks them."
+        )
+    if images := {"image", "images"}.intersection(getattr(rows, "column_names", None) or ()):
+        raise UserError(
+            f"the prompts have {' and '.join(sorted(images))}, which PPOTrainer would generate from, but not score "
+            "with: leave the column out, or use TRL's GRPOTrainer"
+        )
 
 
 def _align_with_iterations(args: PPOConfig) -> None:
