@@ -476,9 +476,9 @@ def _positions_from_mask(decoder: nn.Module) -> None:
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
-        mask = given.get("attention_mask")
-        if mask is None or mask.ndim != 2 or any(given.get(x) is not None for x in ("position_ids", "past_key_values")):
-            return None
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if given.get("position_ids") is not None or ids is None or mask is None or ids.shape != mask.shape:
+            return None  # they are given, or there is a cache
         return args, kwargs | {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)}
 
     decoder.register_forward_pre_hook(count, with_kwargs=True)
