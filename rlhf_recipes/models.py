@@ -230,9 +230,19 @@ def load_policy(cfg: DictConfig, adapter: Path | None) -> PeftModel:
 
 
 def new_adapter(base: PreTrainedModel, cfg: DictConfig) -> PeftModel:
-    """A LoRA adapter as the config says. Equal seeds give equal tensors in every stage, so that they can be shared."""
+    """A LoRA adapter as the config says. Equal seeds give equal tensors in every stage, so that they can be shared.
+
+    Raises:
+        UserError: one of several target modules is not in the model, which PEFT would pass over.
+    """
+    config = build(LoraConfig, cfg.lora, task_type="CAUSAL_LM")
+    modules = {name.rpartition(".")[2]: module for name, module in base.named_modules()}
+    wanted = config.target_modules if isinstance(config.target_modules, set) else ()
+    if missing := sorted(name for name in wanted if name.rpartition(".")[2] not in modules):
+        linear = ", ".join(sorted(name for name, module in modules.items() if isinstance(module, torch.nn.Linear)))
+        raise UserError(f"lora.target_modules: the model has no {', '.join(missing)}; its linear layers are {linear}")
     set_seed(cfg.seed)
-    return get_peft_model(base, build(LoraConfig, cfg.lora, task_type="CAUSAL_LM"))
+    return get_peft_model(base, config)
 
 
 def load_reward_model(cfg: DictConfig, adapter: Path | None) -> PeftModel:

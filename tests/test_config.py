@@ -224,7 +224,7 @@ def test_build_refuses_options_that_the_class_would_ignore_in_silence() -> None:
     ("name", "override", "message"),
     [
         ("ppo", "training.num_generations=3", "num_generations"),
-        ("ppo", "training.gamma=2", "gamma"),
+        ("ppo", "training.num_train_epochs=2", "num_train_epochs"),
         ("sft", "training.load_best_model_at_end=true", "load_best_model_at_end"),
     ],
 )
@@ -346,7 +346,13 @@ def test_options_finds_options_by_a_word_of_their_name_or_help(
 
 @pytest.mark.parametrize(
     ("argv", "code"),
-    [(["--help"], 0), (["--cfg", "job"], 0), (["--options", "kl"], 0), (["training.learnin_rate=1"], 2)],
+    [
+        (["--help"], 0),
+        (["--cfg", "job"], 0),
+        (["--options", "kl"], 0),
+        (["training.learnin_rate=1"], 2),
+        (["lora.r=0", "training.report_to=nonsense"], 2),
+    ],
 )
 def test_help_configs_and_refusals_take_less_than_two_seconds_and_no_torch(
     argv: list[str], code: int, tmp_path: Path

@@ -320,6 +320,12 @@ def test_equal_seeds_give_equal_adapters_on_the_causal_model_and_on_the_classifi
     assert not all(torch.equal(p, lora(other_seed)[n]) for n, p in lora(policy).items())
 
 
+def test_a_target_module_that_is_not_in_the_model_is_refused_though_others_are(base):
+    cfg = config(base, "lora.target_modules=[q_proj,v_prj]")
+    with pytest.raises(UserError, match=r"the model has no v_prj; its linear layers are .*q_proj, .*v_proj"):
+        models.new_adapter(models.load_base(cfg), cfg)
+
+
 def test_a_new_adapter_does_nothing_yet(base):
     cfg = config(base)
     ids = torch.tensor([[5, 6, 7]])

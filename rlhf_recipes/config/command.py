@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf_recipes import data, terminal
 from rlhf_recipes.allocator import grow_segments
 from rlhf_recipes.call_stack import roomy
-from rlhf_recipes.config import options, schema
+from rlhf_recipes.config import options, ranges, refusals, schema
 from rlhf_recipes.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -110,7 +110,8 @@ def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -
         with plain_errors():
             checked, _ = _examined(name, composed)
             grow_segments(vllm=bool(checked.get("training.use_vllm")))
-            roomy(main)(_node(name, checked))
+            with refusals.told(typed):
+                roomy(main)(_node(name, checked))
 
     flags = [argument for argument in argv if argument not in typed]
     sys.argv = [sys.argv[0], *flags, *overrides]
@@ -233,6 +234,9 @@ def _examined(recipe: str, composed: DictConfig) -> tuple[dict[str, Any], list[s
                 values[key] = known[key].accept(value)
             except ValueError as error:
                 faults.append(f"{key}={value}: {error}")
+            else:
+                wrong = ranges.fault(key, value)
+                faults += [f"{key}={value}: {wrong}"] if wrong else []
     faults += _data_faults(recipe, {key: value for key, value in values.items() if key.startswith("data.")})
     return values, faults + options.conflicts(values)
 

@@ -243,6 +243,7 @@ DECIDED = {
     "training.pad_token": "use model.pad_token",
     "training.trunk": "use trunk",
     "training.frozen_top": "use frozen_top",
+    "training.reward_weights": "use reward.weights",
     "training.reward_ensemble": "use reward.ensemble",
     "training.reward_spread_coef": "use reward.spread_coef",
     "lora.task_type": "each recipe sets it by what it trains",
@@ -398,12 +399,13 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
     found += _rollout_conflicts(values, quantized=four_bits or eight_bits)
     chosen = values.get("training.report_to") or []
     for dashboard in [chosen] if isinstance(chosen, str) else chosen:
+        known = schema.keys("transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK")
+        if dashboard not in ("all", "none", *known):
+            found.append(f"training.report_to={dashboard}: expected one of {', '.join(known)}, all, none")
         if dashboard in DASHBOARDS and find_spec(dashboard) is None:
             found.append(f"training.report_to={dashboard}: it is not installed: .venv/bin/pip install {dashboard}")
-    if not 0 <= values.get("trunk", 0) < 1:
-        found.append(f"trunk={values['trunk']}: at least 0 and below 1")
-    elif not 0 <= values.get("frozen_top", 0) < 1 - values.get("trunk", 0):
-        found.append(f"frozen_top={values['frozen_top']}: at least 0, and below 1 together with trunk")
+    if values.get("frozen_top", 0) >= 1 - values.get("trunk", 0) > 0:
+        found.append(f"frozen_top={values['frozen_top']}: must be below 1 together with trunk")
     if "reward.model" in values and not any(values.get(f"reward.{source}") for source in ("model", "functions", "url")):
         found.append("reward: it comes from nowhere; set reward.model, reward.functions or reward.url")
     ppo = "reward.model" in values

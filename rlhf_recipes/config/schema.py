@@ -75,6 +75,20 @@ def options(path: str) -> Mapping[str, Option]:
     return dict(_fields(*found))
 
 
+@functools.cache
+def keys(module: str, name: str) -> tuple[str, ...]:
+    """The keys of the mapping that a module assigns to a name.
+
+    Raises:
+        LookupError: the module has no such mapping.
+    """
+    for statement in _statements(_parse(module)[0].body):
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == name:
+            assert isinstance(statement.value, ast.Dict), ast.unparse(statement)
+            return tuple(_literal(key) for key in statement.value.keys)
+    raise LookupError(f"no {name} in the source of {module}: `make setup` installs the tested versions")
+
+
 def node(fields: Mapping[str, Option], values: Mapping[str, Any], *, defaults: bool) -> DictConfig:
     """A Hydra node that holds these values under their options' types, `Any` where OmegaConf cannot hold the type.
 
