@@ -91,7 +91,7 @@ class Cell:
         given += [
             f"training.max_completion_length={self.answer}",
             f"training.generation_kwargs={{min_new_tokens: {self.answer}}}",
-            "training.value_warmup_max_iterations=0",
+            "training.value_pretraining_passes=0",
             "training.kl_budget=null",
             "training.eval_strategy=no",
             "training.load_best_model_at_end=false",

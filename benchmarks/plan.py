@@ -114,7 +114,7 @@ class Row:
                 f"training.generation_kwargs={{min_new_tokens: {self.answer}}}",
                 "training.steps_per_generation=2",
                 "training.num_iterations=1",
-                "training.value_warmup_max_iterations=0",
+                "training.value_pretraining_passes=0",
                 "training.eval_strategy=no",
                 "training.load_best_model_at_end=false",
             ]

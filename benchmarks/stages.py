@@ -104,7 +104,7 @@ def training(stage: str, checkpointing: bool) -> dict[str, Any]:
         return common
     rollout = {"steps_per_generation": SEQUENCES // MICRO_BATCH, "max_completion_length": COMPLETION}
     no_stop = {"eval_strategy": "no", "load_best_model_at_end": False, "kl_budget": None}
-    return common | rollout | no_stop | {"value_warmup_max_iterations": 0}
+    return common | rollout | no_stop | {"value_pretraining_passes": 0}
 
 
 def write_rows(folder: Path, model: str) -> None:

@@ -150,7 +150,7 @@ def timed(runs: Path, window: str, seed: int) -> float:
     for stage in ("sft", "rm"):
         if not (run / stage).exists():
             shutil.copytree(made / stage, run / stage)
-    short = ["training.value_warmup_max_iterations=0", f"training.max_steps={2 * ITERATIONS}", "evaluation.prompts=0"]
+    short = ["training.value_pretraining_passes=0", f"training.max_steps={2 * ITERATIONS}", "evaluation.prompts=0"]
     short += ["training.eval_strategy=no", "training.load_best_model_at_end=false", "training.logging_steps=2"]
     command = ["-m", "recipes.ppo", *overrides(runs, window, seed), f"run={run.name}", *short, "overwrite=true"]
     subprocess.run([sys.executable, *command], check=True)

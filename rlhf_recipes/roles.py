@@ -18,7 +18,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +43,8 @@ POLICY, REFERENCE, REWARD, VALUE, GUARD = "default", "ref", "reward", "value", "
 """Adapter names. PEFT loads and saves `default` without being told, and TRL trains it."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
+KL_LOGITS = 2**23
+"""Logits that are held at once, for each of two policies, to compare them: 32 MB in float32."""
 HEAD_KEY = "base_model.model.score.weight"
 """Where PEFT keeps the scalar head of a sequence classification adapter."""
 HEAD_FILE = "head.json"
@@ -114,8 +116,11 @@ class Roles:
         for parameter in self.parameters(adapter).values():
             parameter.data = parameter.data.float()
 
-    def load(self, adapter: str, folder: Path) -> None:
+    def load(self, adapter: str, folder: Path, *, as_saved: bool = False) -> None:
         """Put an adapter's saved tensors, and its scalar head where it has one, into an adapter that exists.
+
+        Args:
+            as_saved: take the head bit by bit as it was trained, in the units that `save_scalar` was told.
 
         Raises:
             UserError: the folder holds no adapter, or one of another base, rank or set of target modules.
@@ -135,8 +140,9 @@ class Roles:
         for name, parameter in parameters.items():
             parameter.data.copy_(saved[name])
         if head is not None:
-            scale = folder / HEAD_FILE
-            self.add_head(adapter, head, **(json.loads(scale.read_text()) if scale.exists() else {}))
+            scale = json.loads((folder / HEAD_FILE).read_text()) if (folder / HEAD_FILE).exists() else {}
+            bias = scale.pop("bias", 0.0)
+            self.add_head(adapter, head, **({"mean": -bias} if as_saved else scale))
 
     def hold(self, role: str, folders: Sequence[Path], ensemble: Ensemble | None = None) -> None:
         """Add the reward model in a folder as a frozen role, or those in several as an ensemble: a role each.
@@ -186,8 +192,12 @@ class Roles:
         head.bias.data.fill_(-mean / std)
         return head
 
-    def save_scalar(self, adapter: str, folder: Path) -> None:
-        """Write an adapter and its head as PEFT writes a reward model: it loads here, and as a sequence classifier."""
+    def save_scalar(self, adapter: str, folder: Path, mean: float = 0.0, std: float = 1.0) -> None:
+        """Write an adapter and its head as PEFT writes a reward model: it loads here, and as a sequence classifier.
+
+        Args:
+            mean: with `std`, the units of the head's output: what it predicts is output * std + mean.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         tensors = get_peft_model_state_dict(self.model, adapter_name=adapter)
         tensors[HEAD_KEY] = self.heads[adapter].weight.data
@@ -195,7 +205,8 @@ class Roles:
         config = copy.copy(self.model.peft_config[adapter])
         config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
         config.save_pretrained(folder)
-        (folder / HEAD_FILE).write_text(json.dumps({"mean": -self.heads[adapter].bias.item(), "std": 1.0}))
+        bias = self.heads[adapter].bias.item()
+        (folder / HEAD_FILE).write_text(json.dumps({"mean": -bias - mean / std, "std": 1 / std, "bias": bias}))
 
     # ---- which adapter is active, which weights train
 
@@ -284,18 +295,8 @@ class Roles:
         def pass_on(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
             return hidden_states
 
-        # `forward` is shadowed on the instance: the layer's attributes, which some decoders read, stay in place
-        shadowed = [layer.__dict__.get("forward") for layer in layers]
-        for layer in layers:
-            layer.forward = emit if layer is layers[0] else pass_on
-        try:
+        with _forward_replaced({layer: emit if layer is layers[0] else pass_on for layer in layers}):
             yield
-        finally:
-            for layer, forward in zip(layers, shadowed, strict=True):
-                if forward is None:
-                    del layer.forward
-                else:
-                    layer.forward = forward
 
     @contextmanager
     def trunk_given(self, states: Tensor | None) -> Iterator[None]:
@@ -323,6 +324,51 @@ class Roles:
         return kept[0]
 
     # ---- what the roles compute
+
+    @contextmanager
+    def decoder_outputs(self) -> Iterator[list[Any]]:
+        """Inside, a list takes what the decoder returns in each forward pass."""
+        kept: list[Any] = []
+        hook = self.decoder.register_forward_hook(lambda module, args, output: kept.append(output))
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def exact_kl(
+        self, adapters: Sequence[str | None], outputs: Sequence[Any], mask: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """KL(first || second) of the next token, in nats, at each token (b, t) of the completions; 0 outside the mask.
+
+        It is the sum over the whole vocabulary: along a sampled completion it adds up to an unbiased estimate of the
+        sequence's KL, of far lower variance than any estimate from the sampled tokens (arXiv 2504.10637). Logits are
+        made again from hidden states, of a few tokens at once, and padding has none.
+
+        Args:
+            adapters: the two policies; None is the bare base.
+            outputs: what `decoder_outputs` kept of a forward pass under each of them.
+            mask: (b, t) of the completions' tokens, which come last.
+        """
+        columns = slice(-mask.size(1) - 1, -1)  # the states that say the next token
+        states = [output.last_hidden_state[:, columns][mask] for output in outputs]
+        size = max(KL_LOGITS // self.model.config.get_text_config().vocab_size, 1)
+        parts = []
+        for chunk in zip(*(x.split(size) for x in states), strict=True):
+            logps = []
+            for adapter, output, some in zip(adapters, outputs, chunk, strict=True):
+                with self.active(adapter):
+                    logps.append((self._logits(output, some).float() / temperature).log_softmax(-1))
+            parts.append((logps[0].exp() * (logps[0] - logps[1])).sum(-1))
+        kl = torch.zeros(mask.shape, device=mask.device)
+        kl[mask] = torch.cat(parts) if parts else kl[mask]
+        return kl
+
+    def _logits(self, output: Any, states: Tensor) -> Tensor:
+        """Logits (n, vocabulary) of last hidden states (n, hidden), by the model's own head, scaling and all."""
+        decoded = type(output)(**{**output, "last_hidden_state": states[None]})
+        with _forward_replaced({self.decoder: lambda *args, **kwargs: decoded}):
+            return self.model(input_ids=torch.zeros_like(states[None, :, 0], dtype=torch.long)).logits[0]
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states (b, s, hidden) under the active adapter; the LM head is not run."""
@@ -409,6 +455,22 @@ class Episodes:
     def completion_length(self) -> int:
         """`t`, the width of the completions."""
         return self.mask.size(1)
+
+
+@contextmanager
+def _forward_replaced(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Inside, modules compute something else. Their attributes, which some models read, stay in place."""
+    shadowed = {module: module.__dict__.get("forward") for module in replacements}
+    for module, forward in replacements.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in shadowed.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 def read_adapter(folder: Path) -> dict[str, Tensor]:

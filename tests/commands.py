@@ -9,7 +9,7 @@ import sys
 from rlhf_recipes import world
 
 # Overrides of one stage: PPO moves the policy from its first iteration, and evaluates when it saves.
-OWN = {"ppo": ["training.value_warmup_max_iterations=0", "training.eval_steps=4", "reward.min_accuracy=0"]}
+OWN = {"ppo": ["training.value_pretraining_passes=0", "training.eval_steps=4", "reward.min_accuracy=0"]}
 
 
 def small_runs(folder):

@@ -1,14 +1,18 @@
 """The arithmetic of PPO, against numbers worked out by hand or by the definition."""
 
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 from rlhf_recipes.ppo.advantages import (
     KLController,
+    ReturnScale,
     clipped_value_loss,
     explained_variance,
     gae,
-    kl_estimate,
     last_token,
     masked_moments,
     token_rewards,
@@ -18,24 +22,12 @@ from rlhf_recipes.ppo.advantages import (
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 
 
-def test_k1_is_the_log_ratio_and_k3_is_never_negative():
-    logps, ref_logps = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -1.0])
-    assert kl_estimate(logps, ref_logps, "k1").tolist() == [1.0, -2.0]
-    # e^-1 - 1 + 1 = 0.3679;  e^2 - 1 - 2 = 4.3891
-    torch.testing.assert_close(kl_estimate(logps, ref_logps, "k3"), torch.tensor([0.3679, 4.3891]), atol=1e-4, rtol=0)
-
-
-def test_both_estimators_average_to_the_true_kl_over_samples_of_the_policy():
-    policy, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.4, 0.4, 0.2])
-    true = (policy * (policy / reference).log()).sum()
-    for estimator in ("k1", "k3"):
-        expected = (policy * kl_estimate(policy.log(), reference.log(), estimator)).sum()
-        torch.testing.assert_close(expected, true)
-
-
 def test_the_score_is_paid_at_the_last_token_and_the_kl_where_it_arises():
-    kl = torch.tensor([[0.1, 0.2, 0.3], [0.5, 9.0, 9.0]])
-    rewards = token_rewards(torch.tensor([1.0, -1.0]), kl, MASK, kl_coef=2.0)
+    logps, ref_logps = (
+        torch.tensor([[-1.0, -2.0, -3.0], [-1.0, 9.0, 9.0]]),
+        torch.tensor([[-1.1, -2.2, -3.3], [-1.5, 0.0, 0.0]]),
+    )
+    rewards = token_rewards(torch.tensor([1.0, -1.0]), logps, ref_logps, MASK, kl_coef=2.0)
     torch.testing.assert_close(rewards, torch.tensor([[-0.2, -0.4, 0.4], [-2.0, 0.0, 0.0]]))
 
 
@@ -77,7 +69,7 @@ def test_moments_are_those_of_the_masked_elements():
 def test_whitening_gives_mean_zero_and_variance_one_and_can_keep_the_mean():
     x = torch.tensor([[1.0, 2.0, 3.0], [6.0, 99.0, 99.0]])
     whitened = whiten(x, MASK)
-    torch.testing.assert_close(masked_moments(whitened, MASK), (torch.tensor(0.0).double(), torch.tensor(1.0).double()))
+    torch.testing.assert_close(masked_moments(whitened, MASK), (torch.tensor(0.0), torch.tensor(1.0)))
     assert whitened[1, 1:].tolist() == [0, 0]
     kept = whiten(x, MASK, shift_mean=False)
     assert masked_moments(kept, MASK)[0].item() == pytest.approx(3.0)
@@ -86,13 +78,45 @@ def test_whitening_gives_mean_zero_and_variance_one_and_can_keep_the_mean():
 def test_whitening_over_two_processes_equals_whitening_the_whole():
     torch.manual_seed(0)
     x, mask = torch.randn(4, 3), torch.rand(4, 3) > 0.3
+    meet, sent = threading.Barrier(2), [None, None]
 
-    def sums(part, m):
-        return torch.stack([m.sum().double(), (part.double() * m).sum(), (part.double() ** 2 * m).sum()])
+    def process(rank):
+        def reduce(tensor):
+            sent[rank] = tensor
+            meet.wait()
+            total = sent[0] + sent[1]
+            meet.wait()
+            return total
 
-    both = sums(x[:2], mask[:2]) + sums(x[2:], mask[2:])
-    halves = [whiten(x[rows], mask[rows], lambda _: both) for rows in (slice(0, 2), slice(2, 4))]
-    torch.testing.assert_close(torch.cat(halves), whiten(x, mask))
+        rows = slice(2 * rank, 2 * rank + 2)
+        return whiten(x[rows], mask[rows], reduce)
+
+    with ThreadPoolExecutor(2) as pool:
+        torch.testing.assert_close(torch.cat(list(pool.map(process, (0, 1)))), whiten(x, mask))
+
+
+def test_the_penalty_of_the_reward_has_the_gradient_of_the_kl():
+    """Over all tokens of a distribution: with the other estimators its expected policy gradient is another one."""
+    logits = torch.tensor([0.3, -0.2, 0.9], requires_grad=True)
+    reference = torch.tensor([0.5, 0.3, 0.2]).log()
+    logps = logits.log_softmax(-1)
+    (true,) = torch.autograd.grad((logps.exp() * (logps - reference)).sum(), logits, retain_graph=True)
+    mask = torch.ones(3, 1, dtype=torch.bool)
+    penalty = -token_rewards(torch.zeros(3), logps.detach()[:, None], reference[:, None], mask, kl_coef=1.0)[:, 0]
+    (taken,) = torch.autograd.grad((logps.exp().detach() * penalty * logps).sum(), logits)
+    torch.testing.assert_close(taken, true)
+
+
+def test_the_return_scale_is_that_of_the_first_batch_and_follows_slowly():
+    scale = ReturnScale()
+    scale.update(10.0, 4.0)
+    assert (scale.mean, scale.std) == (10.0, 2.0)
+    assert scale.normalized(torch.tensor(14.0)) == 2 and scale.restored(torch.tensor(2.0)) == 14
+    scale.update(12.0, 4.0)  # half and half: mean 11, and the means' own variance of 1 more
+    assert scale.mean == 11 and scale.variance == pytest.approx(5.0)
+    constant = ReturnScale()
+    constant.update(3.0, 0.0)
+    assert (constant.mean, constant.std) == (3.0, 1.0)
 
 
 def test_explained_variance_of_a_perfect_a_constant_and_a_harmful_critic():
@@ -101,6 +125,7 @@ def test_explained_variance_of_a_perfect_a_constant_and_a_harmful_critic():
     assert explained_variance(returns + 5, returns, mask) == pytest.approx(1)
     assert explained_variance(torch.zeros(1, 3), returns, mask) == pytest.approx(0)
     assert explained_variance(-returns, returns, mask) == pytest.approx(-3)  # errors 2r: 1 - 4
+    assert math.isnan(explained_variance(torch.zeros(1, 3), torch.full((1, 3), 0.1), mask))  # nothing to explain
 
 
 def test_value_loss_takes_the_worse_of_plain_and_clipped():

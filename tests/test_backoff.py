@@ -113,7 +113,7 @@ def ppo(tiny_policy, tokenizer, prompts, tmp_path):
             str(tmp_path),
             max_completion_length=6,
             steps_per_generation=(COMMON | options)["gradient_accumulation_steps"],
-            value_warmup_max_iterations=0,
+            value_pretraining_passes=0,
             **COMMON | {"ptx_coef": 0.1} | options,
         )
         rows = Dataset.from_list([{"prompt": f"w{i}", "completion": "w7 " * (i % 3 + 1)} for i in range(9)])

@@ -37,7 +37,7 @@ def told(tmp_path_factory):
         [
             *(sys.executable, "-m", "recipes.ppo", "experiment=smoke", f"runs_dir={folder}", "start=model"),
             *("reward=function", f"reward.functions=[{folder}/rewards.py:words]", "evaluation.prompts=8"),
-            *("training.value_warmup_max_iterations=0", "training.logging_steps=1"),
+            *("training.value_pretraining_passes=0", "training.logging_steps=1"),
             "training.report_to=[tensorboard,trackio,wandb]",
         ],
         cwd=ROOT,

@@ -264,7 +264,7 @@ def train(tmp_path, tiny_policy, tokenizer, prompts):
             "output_dir": str(tmp_path / name), "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2,
             "steps_per_generation": 2, "kl_budget": None,
             "max_completion_length": 8, "max_steps": 16, "learning_rate": 2e-2, "value_learning_rate": 1e-2,
-            "value_warmup_max_iterations": 0, "lr_scheduler_type": "constant", "beta": 0.0, "bf16": False,
+            "lr_scheduler_type": "constant", "beta": 0.0, "bf16": False,
             "use_cpu": True, "report_to": "none", "logging_steps": 1, "gradient_checkpointing": False,
             "disable_tqdm": True, "eval_strategy": "steps", "eval_on_start": True, "eval_steps": 2, "save_steps": 2,
             "save_total_limit": 1, "load_best_model_at_end": True, "greater_is_better": True,
@@ -406,12 +406,6 @@ def test_a_policy_that_has_hardly_moved_is_looked_at_in_every_second_evaluation(
     assert all(every[step] == look for step, look in looks.items())
     assert looks[0].score > looks[8].score  # so that the best is not the last
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")  # as good as the start, for all that is known
-
-
-def test_before_the_critic_lets_it_the_policy_is_looked_at_once(train):
-    waiting = {"value_warmup_max_iterations": 2, "value_warmup_explained_variance": 1.0}
-    _, watched = train(max_steps=8, **waiting)
-    assert [point.step for point in watched.history.points] == [0, 6, 8]
 
 
 def test_a_guard_that_stopped_stays_stopped_in_a_resume(train):

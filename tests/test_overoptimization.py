@@ -20,7 +20,7 @@ ONLY_FEW = [
     "guard.prompts=8",
     "guard.samples=2",
     "guard.root_kl_step=0",
-    "training.value_warmup_max_iterations=0",
+    "training.value_pretraining_passes=0",
     "reward.min_accuracy=0",
 ]
 

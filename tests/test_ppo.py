@@ -1,6 +1,7 @@
 """PPOTrainer on a tiny Llama: the claims that a run stands on, most of which would break without an error."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def make_trainer(tmp_path, tiny_policy, tokenizer, prompts):
             "kl_budget": None,
             "learning_rate": 1e-2,
             "value_learning_rate": 1e-2,
-            "value_warmup_max_iterations": 0,
+            "value_pretraining_passes": 0,
             "bf16": False,
             "use_cpu": True,
             "report_to": "none",
@@ -385,10 +386,49 @@ def test_each_micro_batch_is_as_wide_as_its_longest_episode_and_the_ratio_still_
 
 def test_the_lm_head_sees_the_completion_alone(make_trainer):
     trainer = make_trainer(max_steps=1, max_completion_length=4)
-    widths = set()
-    trainer.model.get_output_embeddings().register_forward_hook(lambda m, args, out: widths.add(args[0].shape[1]))
+    shapes = set()
+    trainer.model.get_output_embeddings().register_forward_hook(lambda m, args, out: shapes.add(args[0].shape[:2]))
     trainer.train()
-    assert max(widths) <= 4 + 1
+    assert max(width for rows, width in shapes if rows > 1) <= 4 + 1
+    assert (
+        max(width for rows, width in shapes if rows == 1) <= 8 * 4
+    )  # the tokens of a micro-batch, to compare policies
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_kl_is_the_sum_over_the_vocabulary_at_each_token(make_trainer, monkeypatch, temperature):
+    monkeypatch.setattr("rlhf_recipes.roles.KL_LOGITS", 3 * 43)  # three tokens at once, of a vocabulary of 43
+    trainer = make_trainer(temperature=temperature, max_steps=3, learning_rate=0.05)
+    trainer.train()
+    rollout = trainer._rolled_out([[5, 6], [7]], [[10, 11, 12, 1], [10, 11]])
+    logps = []
+    for adapter in (POLICY, REFERENCE):
+        with torch.no_grad(), trainer.roles.active(adapter):
+            logits = trainer.model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask).logits
+        logps.append((logits[:, -5:-1] / temperature).log_softmax(-1))
+    exact = (logps[0].exp() * (logps[0] - logps[1])).sum(-1)
+    assert exact[rollout.mask].min() > 1e-4  # the policy has moved
+    torch.testing.assert_close(rollout.kl, exact * rollout.mask, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [20.0, 0.05])
+def test_the_critic_learns_the_same_whatever_the_scale_of_the_reward(make_trainer, tiny_policy, scale):
+    """Reward and KL coefficient times the same number are the same task; an offset of the reward changes nothing."""
+
+    def explained(scale, offset):
+        def reward(completions, **kwargs):
+            return [scale * (c.split().count("w3") + offset) for c in completions]
+
+        trainer = make_trainer(
+            tiny_policy(), reward_funcs=reward, beta=0.1 * scale, max_steps=8, value_pretraining_passes=2
+        )
+        trainer.train()
+        return history(trainer, "explained_variance"), history(trainer, "kl")
+
+    variance, kl = explained(1.0, 0.0)
+    assert len(set(variance)) == 4 and kl[-1] > 0
+    for found, wanted in zip(explained(scale, 5.0), (variance, kl), strict=True):
+        assert found == pytest.approx(wanted, rel=0.02, abs=0.02)
 
 
 def test_a_cut_completion_pays_the_missing_eos_penalty_and_a_score_is_clipped(make_trainer):
@@ -495,25 +535,41 @@ def test_ppo_raises_its_reward_and_a_larger_beta_stays_closer_to_the_reference(m
     assert runs[5.0][1] < runs[0.0][1] / 3
 
 
-def test_the_policy_waits_for_the_critic_but_not_for_ever(make_trainer):
-    trainer = make_trainer(value_warmup_explained_variance=0.99, value_warmup_max_iterations=2, max_steps=4)
-    before = weights(trainer, POLICY, VALUE)
+def test_the_critic_is_pretrained_on_the_first_rollout_before_the_policy_moves(make_trainer, caplog):
+    caplog.set_level("INFO")
+    trainer = make_trainer(value_pretraining_passes=8, max_steps=2)
+    before, seen = weights(trainer, POLICY, VALUE), []
+    pretrain = trainer._pretrain_critic
+
+    def spy(batch):
+        pretrain(batch)
+        seen.extend(moved(before, weights(trainer, POLICY, VALUE)))
+        assert all(p.grad is None for group in trainer.optimizer.param_groups for p in group["params"])
+
+    trainer._pretrain_critic = spy
     trainer.train()
-    changed = moved(before, weights(trainer, POLICY, VALUE))
-    assert changed and all(name.startswith(VALUE) for name in changed)
-    trainer = make_trainer(value_warmup_explained_variance=0.99, value_warmup_max_iterations=2, max_steps=6)
-    trainer.train()
-    assert trainer.critic_ready and history(trainer, "ratio")
+    assert seen and all(name.startswith(VALUE) for name in seen)
+    assert len(history(trainer, "ratio")) == 2  # the policy's first step is the run's first step
+    after, before = map(float, re.search(r"explains (\S+) of the variance.*\((\S+) before", caplog.text).groups())
+    assert after > before + 0.05
+    assert history(trainer, "explained_variance")[0] == pytest.approx(before, abs=0.01)  # of returns not seen yet
 
 
-def test_the_critic_learns_in_the_first_passes_alone_where_asked_to_but_warms_up_in_all(make_trainer):
+def test_pretraining_happens_with_a_zero_head_and_not_in_a_resumed_run(make_trainer, tiny_policy, tmp_path, caplog):
+    """A head of zeros explains nothing of the variance, and a bar of 0 would have let it pass."""
+    caplog.set_level("INFO")
+    settings = {"value_pretraining_passes": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(tiny_policy(), output_dir=str(tmp_path / "a"), **settings).train()
+    assert caplog.text.count("critic pretrained in 1 passes") == 1
+    resumed = make_trainer(tiny_policy(), output_dir=str(tmp_path / "b"), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert caplog.text.count("critic pretrained in 1 passes") == 1
+
+
+def test_the_critic_learns_in_the_first_passes_alone_where_asked_to(make_trainer):
     trainer = make_trainer(num_iterations=3, value_num_iterations=1, max_steps=6)
     trainer.train()
     assert len(history(trainer, "value_loss")) == 2 and len(history(trainer, "ratio")) == 6
-    warmup = {"value_warmup_explained_variance": 0.99, "value_warmup_max_iterations": 1}
-    trainer = make_trainer(num_iterations=3, value_num_iterations=1, max_steps=6, **warmup)
-    trainer.train()
-    assert len(history(trainer, "value_loss")) == 3 + 1
 
 
 def test_passes_end_beyond_target_kl(make_trainer):
@@ -575,7 +631,7 @@ def test_held_out_prompts_are_scored_with_the_same_noise_and_the_best_checkpoint
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(make_trainer, tiny_policy, reward_adapter, tmp_path):
     settings = {
         "reward_adapter": reward_adapter, "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "kl_target": 0.1,
-        "value_warmup_explained_variance": 0.5, "value_warmup_max_iterations": 1, "lr_scheduler_type": "linear",
+        "value_pretraining_passes": 2, "lr_scheduler_type": "linear",
         "ptx_coef": 0.1, "ptx_dataset": Dataset.from_list([{"prompt": "w5", "completion": "w7"}] * 9),
     }  # fmt: skip
     unbroken = make_trainer(tiny_policy(), output_dir=str(tmp_path / "a"), **settings)
@@ -657,7 +713,7 @@ def test_all_trained_weights_are_equal_on_two_processes(tmp_path):
             reward_funcs=lambda completions, **kw: [float(c.split().count("w3")) for c in completions],
             args=PPOConfig({str(tmp_path)!r}, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4,
                 steps_per_generation=2,
-                max_completion_length=6, learning_rate=1e-2, value_learning_rate=1e-2, value_warmup_max_iterations=0,
+                max_completion_length=6, learning_rate=1e-2, value_learning_rate=1e-2, value_pretraining_passes=0,
                 bf16=False, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, ddp_backend="gloo"),
             train_dataset=Dataset.from_dict({{"prompt": [f"w{{i}} w{{j}}" for i in range(8) for j in range(8)]}}),
             processing_class=tokenizer,
@@ -771,7 +827,7 @@ def test_a_model_folder_with_a_peft_config_is_enough(tmp_path, tiny_llama, token
         reward_funcs=count_w3,
         args=PPOConfig(
             str(tmp_path / "out"), max_steps=2, max_completion_length=4, use_cpu=True, generation_batch_size=32,
-            value_warmup_max_iterations=0, learning_rate=1e-2, disable_tqdm=True,
+            learning_rate=1e-2, disable_tqdm=True,
         ),
         train_dataset=prompts,
         peft_config=LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -807,7 +863,6 @@ def test_conversational_prompts_are_rendered_by_the_chat_template(make_trainer, 
         ({"scale_rewards": "batch"}, "scale_rewards='batch' has no meaning in PPO"),
         ({"loss_type": "grpo"}, "loss_type"),
         ({"mask_truncated_completions": True}, "use missing_eos_penalty"),
-        ({"kl_estimator": "k2"}, "must be `k1` or `k3`"),
         ({"gamma": 1.5, "lam": -1.0}, "gamma=1.5 must be at least 0 and at most 1; lam=-1.0"),
         ({"learning_rate": float("inf")}, "learning_rate=inf must be finite"),
         ({"temperature": 0.0, "kl_horizon": 0}, "temperature=0.0 must be above 0; kl_horizon=0 must be at least 1"),

@@ -30,7 +30,7 @@ _ALLOWED = {
         "center_rewards_coefficient router_aux_loss_coef "
         # PPO's
         "top_k entropy_coef entropy_coef_min entropy_coef_max entropy_coef_delta entropy_target missing_eos_penalty "
-        "ptx_coef reward_spread_coef num_completions_to_print",
+        "ptx_coef reward_spread_coef value_pretraining_passes num_completions_to_print",
     },
     "at least 1": {
         "lora": "r",

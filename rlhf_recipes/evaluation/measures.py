@@ -7,7 +7,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_recipes.evaluation.sampling import Sample, by_batches
 from rlhf_recipes.portions import rows_at_once
-from rlhf_recipes.ppo.advantages import kl_estimate
 from rlhf_recipes.roles import REWARD, Episodes, Roles
 
 
@@ -54,21 +53,20 @@ def kl(
     policy: str | None,
     reference: str | None,
 ) -> list[float]:
-    """KL(policy || reference) of each sample of `policy`, in nats per completion; the adapters are given by name."""
+    """KL(policy || reference) of each sample of `policy`, in nats per completion: over the vocabulary, token by token.
+
+    The adapters are given by name; None is the bare base.
+    """
 
     def divergences(batch: Sequence[Sample]) -> list[float]:
         episodes = _episodes(roles, tokenizer, batch)
-        logps = []
-        for adapter in (policy, reference):
-            with roles.active(adapter):
-                scored = roles.token_logps(episodes.input_ids, episodes.attention_mask, episodes.completion_length)
-                logps.append(scored[0].float())
-        return (kl_estimate(logps[0], logps[1], "k3") * episodes.mask).sum(dim=1).tolist()
+        with roles.decoder_outputs() as outputs:
+            for adapter in (policy, reference):
+                with roles.active(adapter):
+                    roles.hidden_states(episodes.input_ids, episodes.attention_mask)
+        return roles.exact_kl((policy, reference), outputs, episodes.mask).sum(dim=1).tolist()
 
-    vocabulary = roles.model.config.get_text_config().vocab_size
-    answer = max((len(s.completion_ids) for s in made), default=0)
-    rows = rows_at_once(batch_size, _longest(made), roles.model.device.type, logits=answer * vocabulary)
-    return by_batches(made, rows, divergences)
+    return by_batches(made, rows_at_once(batch_size, _longest(made), roles.model.device.type), divergences)
 
 
 def _longest(made: Sequence[Sample]) -> int:

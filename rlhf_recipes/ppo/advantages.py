@@ -5,6 +5,7 @@ is True at the completion's own tokens, EOS included. Log-probabilities, rewards
 position `i` speaks of the i-th completion token, and its value is that of the state *before* the token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,22 +21,14 @@ def alone(x: Tensor) -> Tensor:
     return x
 
 
-def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: str) -> Tensor:
-    """KL(policy || reference) per token (b, t) in nats, from the log-probabilities of the sampled tokens.
-
-    `k1` = log p - log q is unbiased and may be negative; `k3` = (q/p - 1) - log(q/p) is unbiased, never negative and of
-    lower variance. Source: Schulman, "Approximating KL divergence" (2020), http://joschu.net/blog/kl-approx.html
-    """
-    log_ratio = ref_logps - logps
-    return -log_ratio if estimator == "k1" else torch.expm1(log_ratio) - log_ratio
-
-
-def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+def token_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Rewards per token (b, t): minus the KL penalty everywhere, plus the score (b,) at the last token.
 
-    Source: InstructGPT (arXiv 2203.02155), equation 2, with the penalty paid where it is caused.
+    The penalty is log p - log q of the sampled token ("k1"): the one estimator whose policy gradient, taken through the
+    reward, is that of the KL (arXiv 2512.21852). Source: InstructGPT (arXiv 2203.02155), equation 2, with the penalty
+    paid where it is caused.
     """
-    rewards = -kl_coef * kl * mask
+    rewards = -kl_coef * (logps - ref_logps) * mask
     rows = torch.arange(len(scores), device=scores.device)
     rewards[rows, last_token(mask)] += scores
     return rewards
@@ -66,11 +59,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 def masked_moments(x: Tensor, mask: Tensor, reduce: Reduce = alone) -> tuple[Tensor, Tensor]:
     """Mean and (population) variance of `x` where `mask` is True, over all processes."""
-    x = x.double()  # a sum of squares loses small variances in float32
-    total = reduce(torch.stack([mask.sum().double(), (x * mask).sum(), (x * x * mask).sum()]))
-    count = total[0].clamp(min=1)
-    mean = total[1] / count
-    return mean, (total[2] / count - mean**2).clamp(min=0)
+    # two passes, as a sum of squares loses small variances in float32; float64 does not exist on every device
+    count = reduce(mask.sum().float()).clamp(min=1)
+    mean = reduce((x * mask).sum()) / count
+    return mean, reduce(((x - mean) ** 2 * mask).sum()) / count
 
 
 def whiten(x: Tensor, mask: Tensor, reduce: Reduce = alone, *, shift_mean: bool = True) -> Tensor:
@@ -81,10 +73,13 @@ def whiten(x: Tensor, mask: Tensor, reduce: Reduce = alone, *, shift_mean: bool 
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor, reduce: Reduce = alone) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 knows only a mean, below 0 does harm."""
-    _, variance = masked_moments(returns, mask, reduce)
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 knows only a mean, below 0 does harm.
+
+    NaN where all returns are equal: there is nothing to explain.
+    """
+    mean, variance = masked_moments(returns, mask, reduce)
     _, residual = masked_moments(returns - values, mask, reduce)
-    return float(1 - residual / variance.clamp(min=1e-8))
+    return float(1 - residual / variance) if variance > 1e-12 * mean**2 else math.nan
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
@@ -97,6 +92,41 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
         clipped = old_values + (values - old_values).clamp(-clip, clip)
         loss = torch.maximum(loss, (clipped - returns) ** 2)
     return 0.5 * loss
+
+
+@dataclass
+class ReturnScale:
+    """Mean and standard deviation of the returns so far: the critic predicts returns in these units.
+
+    Without them the critic's learning rate, gradient clipping and clip range would mean something else for each scale
+    of the reward. Source: PopArt (arXiv 1602.07714); the statistics are a moving mean over rollout batches.
+    """
+
+    mean: float = 0.0
+    variance: float = 0.0
+    batches: int = 0
+
+    @property
+    def std(self) -> float:
+        """1 where all returns were equal."""
+        return math.sqrt(self.variance) or 1.0
+
+    def update(self, mean: float, variance: float) -> None:
+        """Take in a rollout batch whose returns have this mean and variance; the first one counts in full."""
+        self.batches += 1
+        weight = max(1 / self.batches, 0.1)
+        moved = mean - self.mean
+        self.mean += weight * moved
+        # of the mixture: within both parts, and between their means
+        self.variance = (1 - weight) * self.variance + weight * variance + weight * (1 - weight) * moved**2
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """Returns or values in units of the critic."""
+        return (x - self.mean) / self.std
+
+    def restored(self, x: Tensor) -> Tensor:
+        """What the critic predicts, in units of the reward."""
+        return x * self.std + self.mean
 
 
 @dataclass

@@ -100,10 +100,6 @@ class PPOConfig(GRPOConfig):
     )
 
     # KL
-    kl_estimator: str = field(
-        default="k1",
-        metadata={"help": "Estimator of the KL per token in the reward: `k1` (unbiased) or `k3` (never negative)."},
-    )
     kl_target: float | None = field(
         default=None,
         metadata={"help": "Target KL per sequence, in nats: `beta` becomes adaptive and moves towards it."},
@@ -161,17 +157,18 @@ class PPOConfig(GRPOConfig):
     value_learning_rate: float = field(default=1e-4, metadata={"help": "Initial learning rate of the critic."})
     value_max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping of the critic, on its own."})
     cliprange_value: float | None = field(
-        default=0.2, metadata={"help": "Clip range of the value loss around the old values. None: no clipping."}
-    )
-    value_warmup_explained_variance: float = field(
-        default=0.0,
+        default=0.2,
         metadata={
-            "help": "The policy does not move before the critic has explained this share of the variance of the "
-            "returns of a rollout batch that it has not seen."
+            "help": "Clip range of the value loss around the old values, in standard deviations of the returns. None: "
+            "no clipping."
         },
     )
-    value_warmup_max_iterations: int = field(
-        default=4, metadata={"help": "But no longer than for this many iterations. 0: no warm-up."}
+    value_pretraining_passes: int = field(
+        default=4,
+        metadata={
+            "help": "Passes over the first rollout batch that train the critic alone, before the policy's first step; "
+            "the policy's schedule waits. 0: none. Higher: a better first critic, some seconds more."
+        },
     )
     value_init: str = field(
         default="reward",
@@ -184,8 +181,8 @@ class PPOConfig(GRPOConfig):
     value_num_iterations: int | None = field(
         default=None,
         metadata={
-            "help": "Passes over each rollout batch that train the critic too; while it warms up all do. None: as many "
-            "as num_iterations. Lower: faster."
+            "help": "Passes over each rollout batch that train the critic too. None: as many as num_iterations. "
+            "Lower: faster."
         },
     )
     freeze_value: bool = field(
@@ -300,7 +297,6 @@ def _faults(args: PPOConfig) -> list[str]:
     rules = {
         "max_completion_length": (args.max_completion_length is not None, "a number of tokens"),
         "num_generations": (args.num_generations is not None, "at least 1"),
-        "kl_estimator": (args.kl_estimator in ("k1", "k3"), "`k1` or `k3`"),
         "frozen_top": (args.frozen_top < 1 - args.trunk, "below 1 together with trunk"),
         "reward_ensemble": (args.reward_ensemble in ENSEMBLES, f"one of {', '.join(ENSEMBLES)}"),
         "router_aux_loss_coef": (not args.router_aux_loss_coef, "0 or null: routers are frozen, as all of the base is"),
@@ -316,6 +312,10 @@ def _faults(args: PPOConfig) -> list[str]:
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         found.append(
             "gradient_checkpointing_kwargs: use_reentrant=True gives no gradients above frozen layers; leave it out"
+        )
+    if args.fp16 and args.target_kl is not None and args.freeze_value:
+        found.append(
+            "with fp16 and freeze_value, target_kl can leave a step without any gradient: use bf16, or kl_budget"
         )
     if args.use_vllm and find_spec("vllm") is None:
         found.append(f"use_vllm=True: {VLLM_IS_MISSING}")

@@ -44,6 +44,7 @@ class Rollout(Episodes):
     trunk: list[Tensor | None] = field(default_factory=list)  # by micro-batch: output of the shared lower layers
     logps: Tensor = field(default_factory=Tensor)  # (b, t): log-probabilities under the policy that generated them
     ref_logps: Tensor = field(default_factory=Tensor)  # (b, t): the same under the reference
+    kl: Tensor = field(default_factory=Tensor)  # (b, t): KL(policy || reference) of each token, over the vocabulary
 
     @property
     def prompt_length(self) -> int:

@@ -4,6 +4,7 @@ TRL generates, calls the reward functions, clips the policy's ratio, checkpoints
 penalty in the reward, the critic and its advantages, the reward and value adapters, and the trunk that all roles share.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -14,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +23,8 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
 
@@ -33,11 +36,12 @@ from rlhf_recipes.errors import UserError
 from rlhf_recipes.portions import prefill_chunk
 from rlhf_recipes.ppo.advantages import (
     KLController,
+    ReturnScale,
     clipped_value_loss,
     explained_variance,
     gae,
-    kl_estimate,
     last_token,
+    masked_moments,
     token_rewards,
     whiten,
 )
@@ -124,8 +128,6 @@ class PPOTrainer(GRPOTrainer):
         if isinstance(train_dataset, Sized) and (left := check_batch(len(train_dataset), args.prompts_per_iteration)):
             logger.info(left)
         _settle_evaluations(args, eval_dataset)
-        _align_with_iterations(args)
-
         if isinstance(model, PeftModel):
             # TRL casts what is trainable to bf16 on a quantized base; the adapter has to stay as it was loaded
             model.requires_grad_(False)
@@ -151,8 +153,7 @@ class PPOTrainer(GRPOTrainer):
             )
         self.roles = self._assign_roles(adapters)
         self.kl = KLController(beta, args.kl_target, args.kl_horizon)
-        self.critic_ready = args.freeze_value or args.value_warmup_max_iterations == 0
-        self.warmed_up_iterations = 0
+        self.return_scale = ReturnScale()
         self.stop_reason: str | None = None
         self.ptx_dataset: Any = ptx_dataset if args.ptx_coef else None
         self._scores: Tensor = torch.empty(0)
@@ -162,6 +163,7 @@ class PPOTrainer(GRPOTrainer):
         self._seconds: defaultdict[str, float] = defaultdict(float)  # by phase, since the last rollout
         self._trunk_checked = False
         self._rollout_batch_size, self._score_batch_size = args.rollout_batch_size, args.per_device_train_batch_size
+        self.add_callback(_BetweenIterations(self))
         back_off(self)
 
     def _assign_roles(self, reward_adapters: list[Path]) -> Roles:
@@ -193,6 +195,12 @@ class PPOTrainer(GRPOTrainer):
         ignored = [name for name, _ in model.named_parameters() if f".{VALUE}." in name]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
         return roles
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
+        """TRL's, whose order depends on seed and epoch alone: a resume in a later epoch sees the same prompts."""
+        sampler = super()._get_train_sampler(dataset)
+        sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
+        return sampler
 
     # ---- rollout: generate, score, compute advantages
 
@@ -238,14 +246,20 @@ class PPOTrainer(GRPOTrainer):
             self._check_trunk(rollout)
             if self.roles.trunk_layers:
                 rollout.trunk = self._compute(rollout, lambda ids, mask, _: self.roles.trunk_states(ids, mask))
-
-            def logps(input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
-                return self._token_logps(self.model, input_ids, attention_mask, completion_length)[0]
-
-            rollout.logps = rollout.join(self._compute(rollout, logps))
-            with self.roles.active(REFERENCE):
-                rollout.ref_logps = rollout.join(self._compute(rollout, logps))
+            scored = [x.unbind(-1) for x in self._compute(rollout, self._logps_and_kl)]
+        rollout.logps, rollout.ref_logps, rollout.kl = map(rollout.join, zip(*scored, strict=True))
         return rollout
+
+    def _logps_and_kl(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
+        """Of each completion token (b, t, 3): log-probability under policy and reference, and their KL."""
+        adapters = POLICY, REFERENCE
+        logps = []
+        with self.roles.decoder_outputs() as outputs:
+            for adapter in adapters:
+                with self.roles.active(adapter):
+                    logps.append(self._token_logps(self.model, input_ids, attention_mask, completion_length)[0])
+        mask = attention_mask[:, -completion_length:].bool()
+        return torch.stack([*logps, self.roles.exact_kl(adapters, outputs, mask, self.temperature)], dim=-1)
 
     def _check_trunk(self, rollout: Rollout) -> None:
         """Once, compare the model's output with and without the trunk, and go without where they differ."""
@@ -349,61 +363,153 @@ class PPOTrainer(GRPOTrainer):
         return rewards
 
     def _values(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
-        """Values (b, t) of the states before each completion token; the `value` adapter has to be active."""
+        """Values (b, t) of the states before each completion token, in units of `return_scale`.
+
+        The `value` adapter has to be active.
+        """
         with self.accelerator.autocast():
             hidden = self.roles.hidden_states(input_ids, attention_mask)[:, -completion_length - 1 : -1]
         return self.roles.scalars(VALUE, hidden)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         started = time.perf_counter()
-        batch = super()._generate_and_score_completions(inputs)
-        rollout = self._rollout
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
+        counts = {name: len(values) for name, values in metrics.items()}
+        batch = super()._generate_and_score_completions(inputs)
+        rollout = self._rollout
         metrics.pop("frac_reward_zero_std", None)  # speaks of groups, which PPO has none of
 
-        kl = kl_estimate(rollout.logps, rollout.ref_logps, "k3")  # never negative, whatever the penalty is made of
-        kl_per_episode = self._mean((kl * rollout.mask).sum(dim=1))
+        kl_per_episode = self._mean((rollout.kl * rollout.mask).sum(dim=1))
         metrics["kl"].append(kl_per_episode)
         scores, ended = self._shaped_scores(rollout)
         metrics["eos_share"].append(self._mean(ended.float()))
         if mode == "eval":
-            metrics["objective"].append(self._mean(scores) - self.kl.coef * kl_per_episode)
+            # by the initial coefficient: an adaptive one would make evaluations incomparable
+            metrics["objective"].append(self._mean(scores) - self.args.beta * kl_per_episode)
+            for name, values in metrics.items():
+                # TRL takes the mean over batches: each value stands once for every episode, as batches differ in size
+                values[counts.get(name, 0) :] *= len(rollout.mask)
         else:
-            batch = rollout.split(batch | self._advantages(rollout, scores))
-            if self.roles.trunk_layers:
-                batch["trunk"] = rollout.trunk
-            if self.ptx_dataset is not None:
-                batch |= self._demonstrations([len(micro_batch.rows) for micro_batch in rollout.micro_batches])
+            batch = self._training_batch(rollout, scores, batch)
             tokens = self.accelerator.gather(rollout.mask.sum()).sum().item()
             metrics["tokens_per_second"].append(tokens / (time.perf_counter() - started))
-            self._begin_iteration(kl_per_episode, metrics["explained_variance"][-1])
+            self._begin_iteration(kl_per_episode)
         del self._rollout
         return batch
 
+    def _training_batch(self, rollout: Rollout, scores: Tensor, batch: dict[str, Any]) -> dict[str, Any]:
+        """TRL's batch with what the critic and the policy train on, by micro-batch."""
+        self._rescale_critic(rollout, scores)
+        trunk = {"trunk": rollout.trunk} if self.roles.trunk_layers else {}
+        advantages, unseen = self._advantages(rollout, scores)
+        if self.state.global_step == 0 and self.args.value_pretraining_passes and not self.args.freeze_value:
+            self._fit_head(advantages["values"], advantages["returns"], rollout.mask)
+            self._pretrain_critic(rollout.split(batch | advantages) | trunk)
+            advantages, seen = self._advantages(rollout, scores)
+            logger.info(
+                "critic pretrained in %d passes over the first %d episodes: it explains %.2f of the variance of their "
+                "returns (%.2f before)",
+                self.args.value_pretraining_passes,
+                self.args.generation_batch_size,
+                seen,
+                unseen,
+            )
+        self._metrics["train"]["explained_variance"].append(unseen)
+        self._metrics["train"]["kl_coef"].append(self.kl.coef)
+        self._show_advantages(advantages["advantages"].sum(dim=1))
+        batch = rollout.split(batch | advantages) | trunk
+        batch["micro_batch_tokens"] = [mask.sum() for mask in batch["completion_mask"]]
+        if self.ptx_dataset is not None:
+            batch |= self._demonstrations([len(micro_batch.rows) for micro_batch in rollout.micro_batches])
+        return batch
+
     @torch.no_grad()
-    def _advantages(self, rollout: Rollout, scores: Tensor) -> dict[str, Tensor]:
-        """What training needs of a rollout batch: advantages, returns, old values and log-probabilities (b, t)."""
+    def _rescale_critic(self, rollout: Rollout, scores: Tensor) -> None:
+        """Take the returns of a rollout batch into the critic's units; what it predicts stays the same (PopArt)."""
+        rewards, scored = self._token_rewards(rollout, scores)
+        self._metrics["train"]["reward_with_kl"].append(self._mean(rewards.sum(dim=1)))
+        returns = gae(rewards, torch.zeros_like(rewards), rollout.mask, self.args.gamma, lam=1.0)
+        mean, variance = masked_moments(returns, scored, self._sum)
+        old, head = dataclasses.replace(self.return_scale), self.roles.heads[VALUE]
+        self.return_scale.update(mean.item(), variance.item())
+        head.weight.mul_(old.std / self.return_scale.std)
+        head.bias.copy_(self.return_scale.normalized(old.restored(head.bias)))
+
+    def _token_rewards(self, rollout: Rollout, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Rewards (b, t), KL penalty included, and the mask (b, t) of episodes that some function could score."""
+        rewards = token_rewards(
+            scores.nan_to_num(nan=0.0), rollout.logps, rollout.ref_logps, rollout.mask, self.kl.coef
+        )
+        if self.args.whiten_rewards:
+            rewards = whiten(rewards, rollout.mask, self._sum, shift_mean=False)
+        return rewards, rollout.mask & ~scores.isnan()[:, None]
+
+    @torch.no_grad()
+    def _advantages(self, rollout: Rollout, scores: Tensor) -> tuple[dict[str, Tensor], float]:
+        """What training needs of a rollout batch (b, t): advantages, old log-probabilities, and in units of
+        `return_scale` returns and old values; and the explained variance of the returns."""
         args, mask = self.args, rollout.mask
-        reduce = functools.partial(self.accelerator.reduce, reduction="sum")
         with self._timed("score"), self.roles.active(VALUE):
-            values = rollout.join(self._compute(rollout, self._values)) * mask
-        penalty = kl_estimate(rollout.logps, rollout.ref_logps, args.kl_estimator)
-        rewards = token_rewards(scores.nan_to_num(nan=0.0), penalty, mask, self.kl.coef)
-        if args.whiten_rewards:
-            rewards = whiten(rewards, mask, reduce, shift_mean=False)
-        scored = mask & ~scores.isnan()[:, None]  # an episode that no function could score teaches nothing
+            values = self.return_scale.restored(rollout.join(self._compute(rollout, self._values))) * mask
+        rewards, scored = self._token_rewards(rollout, scores)  # an episode that nothing scored teaches nothing
         advantages = gae(rewards, values, mask, args.gamma, args.lam) * scored
         returns = torch.where(scored, gae(rewards, values, mask, args.gamma, args.value_lam) + values, values)
         if args.whiten_advantages:
-            advantages = whiten(advantages, scored, reduce)
+            advantages = whiten(advantages, scored, self._sum)
+        return {
+            "advantages": advantages,
+            "returns": self.return_scale.normalized(returns),
+            "values": self.return_scale.normalized(values),
+            "old_per_token_logps": rollout.logps,
+        }, explained_variance(values, returns, scored, self._sum)
 
-        metrics = self._metrics["train"]
-        metrics["explained_variance"].append(explained_variance(values, returns, scored, reduce))
-        metrics["kl_coef"].append(self.kl.coef)
-        metrics["reward_with_kl"].append(self._mean(rewards.sum(dim=1)))
-        self._show_advantages(advantages.sum(dim=1))
-        return {"advantages": advantages, "returns": returns, "values": values, "old_per_token_logps": rollout.logps}
+    @torch.no_grad()
+    def _fit_head(self, values: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """Scale and shift the critic's head so that its values (b, t) fit the returns (b, t) by least squares.
+
+        A critic that begins at a reward model, in a reward of another scale or with a constant in it, begins there.
+        """
+        (mean, variance), (target, spread) = (masked_moments(x, mask, self._sum) for x in (values, returns))
+        covariance = (masked_moments(values + returns, mask, self._sum)[1] - variance - spread) / 2
+        slope = covariance / variance if variance > 1e-6 else torch.ones_like(variance)
+        head = self.roles.heads[VALUE]
+        head.weight.mul_(slope)
+        head.bias.mul_(slope).add_(target - slope * mean)
+
+    def _pretrain_critic(self, batch: dict[str, Any]) -> None:
+        """Train the critic alone on the first rollout batch, before the policy's first step, whose schedule waits.
+
+        Source: value pretraining of VC-PPO (arXiv 2503.01491), on episodes that PPO needs anyway.
+        """
+        args, parameters = self.args, self.roles.trained[VALUE]
+        optimizer = torch.optim.AdamW(parameters, lr=args.value_learning_rate, weight_decay=args.weight_decay)
+        steps = itertools.product(range(args.value_pretraining_passes), range(args.steps_per_generation))
+        with self._timed("value"), self.roles.active(VALUE):
+            for step, (_, index) in enumerate(steps, start=1):
+                inputs = {name: x[index] if isinstance(x, list) else x for name, x in batch.items()}
+                for parameter, gradient in zip(parameters, self._value_gradients(inputs), strict=True):
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+                if step % args.gradient_accumulation_steps == 0:
+                    self._reduce_critic()
+                    if math.isfinite(self._clip_critic()):
+                        optimizer.step()
+                    optimizer.zero_grad()
+
+    def _value_gradients(self, inputs: dict[str, Any]) -> list[Tensor]:
+        """Gradients of the critic's parameters for a micro-batch, in as many parts as memory asks for."""
+        scaler = self.accelerator.scaler  # of fp16; else there is none
+        scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+
+        def gradients(rows: slice) -> tuple[Tensor, ...]:
+            part = {name: x[rows] if isinstance(x, Tensor) and x.ndim else x for name, x in inputs.items()}
+            with self.roles.trunk_given(part.get("trunk")):
+                loss = scale * self._value_loss(part, clip=None)
+                parameters = self.roles.trained[VALUE]
+                return torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+
+        parts, self._score_batch_size = in_chunks(len(inputs["prompt_ids"]), self._score_batch_size, gradients)
+        return [torch.stack(part).sum(dim=0) / scale for part in zip(*parts, strict=True)]
 
     def _demonstrations(self, sizes: list[int]) -> dict[str, Any]:
         """For each micro-batch as many demonstrations as it has episodes; drawn by step, so a resume draws the same."""
@@ -448,8 +554,8 @@ class PPOTrainer(GRPOTrainer):
             table.pop()
         table.extend(rows)
 
-    def _begin_iteration(self, kl_per_episode: float, variance_explained: float) -> None:
-        """Stop if the policy ran away, move the KL coefficient, and see whether the critic is ready."""
+    def _begin_iteration(self, kl_per_episode: float) -> None:
+        """Stop if the policy ran away, and move the KL coefficient."""
         for phase, seconds in self._seconds.items():  # of the iteration before, and of this one's rollout
             self._metrics["train"][f"time/{phase}"].append(seconds)
         self._seconds.clear()
@@ -462,19 +568,7 @@ class PPOTrainer(GRPOTrainer):
             )
             logger.warning(self.stop_reason)
             self.control.should_training_stop = True
-        if self.critic_ready:
-            self.kl.update(kl_per_episode, self.args.generation_batch_size)
-            return
-        enough = variance_explained >= self.args.value_warmup_explained_variance
-        if enough or self.warmed_up_iterations >= self.args.value_warmup_max_iterations:
-            self.critic_ready = True
-            logger.info(
-                "critic warmed up in %d iterations: it explains %.2f of the variance of unseen returns",
-                self.warmed_up_iterations,
-                variance_explained,
-            )
-        else:
-            self.warmed_up_iterations += 1
+        self.kl.update(kl_per_episode, self.args.generation_batch_size)
 
     # ---- training: the critic's pass, the SFT loss, then TRL's clipped policy loss
 
@@ -483,13 +577,15 @@ class PPOTrainer(GRPOTrainer):
         if self._critic_learns():
             # backward before the next switch of adapters: checkpointing recomputes with the active one
             with self._timed("value"), self.roles.active(VALUE), self.roles.trunk_given(inputs.get("trunk")):
-                value_loss = self._value_loss(inputs)
+                value_loss = self._value_loss(inputs, self.args.cliprange_value)
                 self.accelerator.backward(value_loss)
-        if not self.critic_ready or self._passes_are_over():
+            per_step = value_loss.detach() * self.current_gradient_accumulation_steps
+            self._metrics["train"]["value_loss"].append(self._mean(per_step))
+        if self._passes_are_over():
             return value_loss.detach().requires_grad_()  # a leaf: its backward moves nothing
         if self.ptx_dataset is not None:
             self.accelerator.backward(self._ptx_loss(model, inputs))
-        with self._timed("policy"), self.roles.trunk_given(inputs.get("trunk")):
+        with self._timed("policy"), self.roles.trunk_given(inputs.get("trunk")), self._entropy_share(inputs):
             loss = super()._compute_loss(model, inputs)
             self._note_ratio(inputs)
         if not math.isfinite(loss.item()):
@@ -499,17 +595,23 @@ class PPOTrainer(GRPOTrainer):
             )
         return loss
 
-    def _value_loss(self, inputs: dict[str, Any]) -> Tensor:
-        """Clipped value loss, normalized over the whole rollout batch just as TRL's `dapo` policy loss is."""
+    @contextmanager
+    def _entropy_share(self, inputs: dict[str, Any]) -> Iterator[None]:
+        """TRL's entropy bonus is a mean over what is computed at once: of a part of a micro-batch, the part's share."""
+        share = (inputs["completion_mask"].sum() / inputs["micro_batch_tokens"]).item()
+        taken = self.entropy_coef * (1 - share)
+        self.entropy_coef -= taken
+        yield
+        self.entropy_coef += taken  # added, since TRL may have adapted it inside
+
+    def _value_loss(self, inputs: dict[str, Any], clip: float | None) -> Tensor:
+        """Clipped value loss in units of `return_scale`: a mean over the rollout batch, as TRL's policy loss is."""
         input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         values = self._values(input_ids, attention_mask, inputs["completion_ids"].size(1))
-        loss = clipped_value_loss(values, inputs["values"], inputs["returns"], self.args.cliprange_value)
+        loss = clipped_value_loss(values, inputs["values"], inputs["returns"], clip)
         tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
-        loss = (loss * inputs["completion_mask"]).sum() / (tokens * self._share_of_rollout)
-        per_step = loss.detach() * self.current_gradient_accumulation_steps
-        self._metrics["train"]["value_loss"].append(self._mean(per_step))
-        return loss
+        return (loss * inputs["completion_mask"]).sum() / (tokens * self._share_of_rollout)
 
     def _ptx_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """SFT loss on the demonstrations that came with the episodes; a mean over those of the whole rollout batch.
@@ -543,8 +645,7 @@ class PPOTrainer(GRPOTrainer):
     def _critic_learns(self) -> bool:
         """Whether the current pass over the rollout batch trains the critic."""
         passes = self.args.value_num_iterations
-        every_pass = passes is None or not self.critic_ready
-        return not self.args.freeze_value and (every_pass or self._pass % self.num_iterations < passes)
+        return not self.args.freeze_value and (passes is None or self._pass % self.num_iterations < passes)
 
     def _passes_are_over(self) -> bool:
         """Whether an earlier pass over this rollout batch ended beyond `target_kl`; looked at between passes only."""
@@ -561,42 +662,57 @@ class PPOTrainer(GRPOTrainer):
     # ---- optimizer: one for both, each with its own learning rate and gradient clipping
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """TRL's optimizer for the policy, with one more parameter group for the critic."""
-        if self.optimizer is not None:
-            return self.optimizer
+        """TRL's optimizer for the policy, or the caller's, with one more parameter group for the critic."""
         trained = dict(self.roles.trained)
         self.roles.train(POLICY)
         optimizer = super().create_optimizer(model)
         self.roles.train(*trained)
-        if VALUE in trained:
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if VALUE in trained and not known & set(map(id, trained[VALUE])):
             rate = {"lr": self.args.value_learning_rate, "weight_decay": self.args.weight_decay}
             optimizer.add_param_group({"params": trained[VALUE], **rate})
-            # the Trainer zeroes the gradients of the model, and the head is not in the model
-            optimizer.register_step_post_hook(lambda *_: self.roles.heads[VALUE].zero_grad())
         return optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's; before gradients are unscaled (fp16), those of the critic are averaged over processes."""
+        loss = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self._reduce_critic()
+        return loss
+
+    def _reduce_critic(self) -> None:
+        """Average the critic's gradients over processes."""
+        for parameter in self.roles.trained.get(VALUE, ()):
+            if parameter.grad is not None:
+                parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
+
+    def _clip_critic(self) -> float:
+        """Clip the critic's gradients on their own, and return their norm before."""
+        return float(torch.nn.utils.clip_grad_norm_(self.roles.trained[VALUE], self.args.value_max_grad_norm))
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         return self.accelerator.clip_grad_norm_(self.roles.trained[POLICY], self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # gradients are unscaled (fp16) from here on
-        value = [p for p in self.roles.trained.get(VALUE, ()) if p.grad is not None]
-        for parameter in value:
-            parameter.grad = self.accelerator.reduce(parameter.grad, reduction="mean")
-        if value:
-            value_norm = torch.nn.utils.clip_grad_norm_(value, self.args.value_max_grad_norm)
-            self._metrics["train"]["value_grad_norm"].append(value_norm.item())
+        if any(p.grad is not None for p in self.roles.trained.get(VALUE, ())):
+            self._metrics["train"]["value_grad_norm"].append(self._clip_critic())
         return norm
 
     # ---- evaluation, checkpoints
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """TRL's evaluation, with equal noise each time; `objective` = reward - beta KL is -inf over the KL budget."""
+        """TRL's evaluation, with equal noise each time."""
         with torch.random.fork_rng():
             torch.manual_seed(self.args.seed)
-            metrics = super().evaluate(*args, **kwargs)
-        over = self.args.kl_budget is not None and metrics.get("eval_kl", 0.0) > self.args.kl_budget
-        return metrics | {"eval_objective": -math.inf} if over else metrics
+            return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's; over the KL budget the `objective` of an evaluation, reward - beta KL, is -inf."""
+        kl = self._metrics["eval"].get("kl")
+        if self.args.kl_budget is not None and kl and fmean(kl) > self.args.kl_budget:
+            self._metrics["eval"]["objective"] = [-math.inf]
+        super().log(logs, start_time)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Generate and score; there is no loss to speak of."""
@@ -607,11 +723,10 @@ class PPOTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            self.roles.save_scalar(VALUE, folder / VALUE)
+            self.roles.save_scalar(VALUE, folder / VALUE, self.return_scale.mean, self.return_scale.std)
             state = {
                 "kl_coef": self.kl.coef,
-                "critic_ready": self.critic_ready,
-                "warmed_up_iterations": self.warmed_up_iterations,
+                "return_scale": dataclasses.asdict(self.return_scale),
                 "stop_reason": self.stop_reason,
             }
             (folder / STATE_FILE).write_text(json.dumps(state))
@@ -620,16 +735,20 @@ class PPOTrainer(GRPOTrainer):
         # the Trainer's own way activates adapters one by one, which freezes the critic, and knows no heads
         folder = Path(resume_from_checkpoint)
         self.roles.load(POLICY, folder)
-        self.roles.load(VALUE, folder / VALUE)
+        self.roles.load(VALUE, folder / VALUE, as_saved=True)
         state = json.loads((folder / STATE_FILE).read_text())
         self.kl.coef = state["kl_coef"]
-        self.critic_ready, self.warmed_up_iterations = state["critic_ready"], state["warmed_up_iterations"]
+        self.return_scale = ReturnScale(**state["return_scale"])
         self.stop_reason = self.stop_reason or state["stop_reason"]  # the best checkpoint was saved before the stop
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # ---- small things
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum over processes."""
+        return self.accelerator.reduce(x, reduction="sum")
 
     def _mean(self, x: Tensor) -> float:
         """Mean over all elements, and over processes."""
@@ -673,10 +792,27 @@ def _refuse_what_the_policy_did_not_write(rows: Any, given: dict[str, Any]) -> N
         )
 
 
-def _align_with_iterations(args: PPOConfig) -> None:
-    """Let checkpoints and evaluations fall between iterations: no rollout batch has to be saved, resumes are exact."""
-    for name, strategy in (("save_steps", args.save_strategy), ("eval_steps", args.eval_strategy)):
-        steps, unit = getattr(args, name), args.steps_per_iteration
-        if strategy == "steps" and steps is not None and steps >= 1 and steps % unit:
-            setattr(args, name, math.ceil(steps / unit) * unit)
-            logger.warning("%s=%g rounded up to %g, a whole number of iterations", name, steps, getattr(args, name))
+class _BetweenIterations(TrainerCallback):
+    """Lets checkpoints and evaluations fall between iterations: no rollout batch has to be saved, resumes are exact."""
+
+    def __init__(self, trainer: PPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Round steps up to whole iterations; fractions of the training are resolved by now."""
+        unit = args.steps_per_iteration
+        for name, strategy in (("eval_steps", args.eval_strategy), ("save_steps", args.save_strategy)):
+            steps = getattr(state, name)
+            if strategy != "steps" or not steps:
+                continue
+            if steps % unit:
+                setattr(state, name, math.ceil(steps / unit) * unit)
+                logger.warning(
+                    "%s=%g rounded up to %g, a whole number of iterations", name, steps, getattr(state, name)
+                )
+            if args.load_best_model_at_end:
+                unit = getattr(state, name)  # what is saved has been evaluated
+
+    def on_optimizer_step(self, args: PPOConfig, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Zero the head's gradients: the Trainer zeroes those of the model, and the head is not in the model."""
+        self.trainer.roles.heads[VALUE].zero_grad()
