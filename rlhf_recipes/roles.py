@@ -116,11 +116,11 @@ class Roles:
         for parameter in self.parameters(adapter).values():
             parameter.data = parameter.data.float()
 
-    def load(self, adapter: str, folder: Path, *, as_saved: bool = False) -> None:
+    def load(self, adapter: str, folder: Path, *, bias: float | None = None) -> None:
         """Put an adapter's saved tensors, and its scalar head where it has one, into an adapter that exists.
 
         Args:
-            as_saved: take the head bit by bit as it was trained, in the units that `save_scalar` was told.
+            bias: of the head, which is then taken bit by bit as it was trained, and not in the units of its file.
 
         Raises:
             UserError: the folder holds no adapter, or one of another base, rank or set of target modules.
@@ -141,8 +141,7 @@ class Roles:
             parameter.data.copy_(saved[name])
         if head is not None:
             scale = json.loads((folder / HEAD_FILE).read_text()) if (folder / HEAD_FILE).exists() else {}
-            bias = scale.pop("bias", 0.0)
-            self.add_head(adapter, head, **({"mean": -bias} if as_saved else scale))
+            self.add_head(adapter, head, **(scale if bias is None else {"mean": -bias}))
 
     def hold(self, role: str, folders: Sequence[Path], ensemble: Ensemble | None = None) -> None:
         """Add the reward model in a folder as a frozen role, or those in several as an ensemble: a role each.
@@ -205,8 +204,8 @@ class Roles:
         config = copy.copy(self.model.peft_config[adapter])
         config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
         config.save_pretrained(folder)
-        bias = self.heads[adapter].bias.item()
-        (folder / HEAD_FILE).write_text(json.dumps({"mean": -bias - mean / std, "std": 1 / std, "bias": bias}))
+        offset = self.heads[adapter].bias.item() + mean / std
+        (folder / HEAD_FILE).write_text(json.dumps({"mean": -offset, "std": 1 / std}))
 
     # ---- which adapter is active, which weights train
 

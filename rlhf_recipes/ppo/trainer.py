@@ -727,6 +727,7 @@ class PPOTrainer(GRPOTrainer):
             state = {
                 "kl_coef": self.kl.coef,
                 "return_scale": dataclasses.asdict(self.return_scale),
+                "value_bias": self.roles.heads[VALUE].bias.item(),
                 "stop_reason": self.stop_reason,
             }
             (folder / STATE_FILE).write_text(json.dumps(state))
@@ -735,8 +736,8 @@ class PPOTrainer(GRPOTrainer):
         # the Trainer's own way activates adapters one by one, which freezes the critic, and knows no heads
         folder = Path(resume_from_checkpoint)
         self.roles.load(POLICY, folder)
-        self.roles.load(VALUE, folder / VALUE, as_saved=True)
         state = json.loads((folder / STATE_FILE).read_text())
+        self.roles.load(VALUE, folder / VALUE, bias=state["value_bias"])
         self.kl.coef = state["kl_coef"]
         self.return_scale = ReturnScale(**state["return_scale"])
         self.stop_reason = self.stop_reason or state["stop_reason"]  # the best checkpoint was saved before the stop
