@@ -300,8 +300,6 @@ class Judge:
         """Reward, exact KL to the base and its k3 estimate (b,) of a completion of each prompt (b, p)."""
         import torch
 
-        from rlhf_recipes.ppo.advantages import kl_estimate
-
         sampled = self.policy.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),
@@ -332,5 +330,5 @@ class Judge:
             kls.append(((logps.exp() * (logps - base_logps)).sum(-1) * there).sum())
             chosen = sequences[row, prompts.size(1) :, None]
             logp, base_logp = logps.gather(-1, chosen)[:, 0], base_logps.gather(-1, chosen)[:, 0]
-            k3s.append((kl_estimate(logp, base_logp, "k3") * there).sum())
+            k3s.append(((torch.expm1(base_logp - logp) + logp - base_logp) * there).sum())
         return rewards, torch.stack(kls), torch.stack(k3s)

@@ -52,6 +52,8 @@ METHODS = {
     "create_optimizer": (Trainer, "model"),
     "_clip_grad_norm": (Trainer, "model"),
     "_get_grad_norm": (Trainer, "model grad_norm"),
+    "_get_train_sampler": (GRPOTrainer, "dataset"),
+    "log": (GRPOTrainer, "logs start_time"),
     "evaluate": (Trainer, "eval_dataset ignore_keys metric_key_prefix"),
     "_save": (Trainer, "output_dir state_dict"),
     "_load_from_checkpoint": (Trainer, "resume_from_checkpoint model"),
@@ -67,6 +69,7 @@ ATTRIBUTES = {
     "_step": GRPOTrainer,
     "_tokenizer": GRPOTrainer,
     "continuous_batching_config": GRPOTrainer,
+    "entropy_coef": GRPOTrainer,
     "eos_token_ids": GRPOTrainer,
     "generation_config": GRPOTrainer,
     "generation_kwargs": GRPOTrainer,
@@ -83,7 +86,6 @@ ATTRIBUTES = {
     "control": Trainer,
     "current_gradient_accumulation_steps": Trainer,
     "model": Trainer,
-    "optimizer": Trainer,
     "state": Trainer,
 }
 
@@ -171,7 +173,7 @@ def test_every_attribute_that_ppo_reads_from_the_trainers_above_is_listed_here()
     # in `__init__`, what is set there first is PPO's own, but for what super().__init__ has set before
     own = {n.attr for n in mine if isinstance(n.ctx, ast.Store)} - ATTRIBUTES.keys()
     methods = {f.name for f in PPO_CLASS.body if isinstance(f, ast.FunctionDef)}
-    read = {n.attr for n in mine} - own - methods - {"_prepare_inputs"}
+    read = {n.attr for n in mine} - own - methods - {"_prepare_inputs", "add_callback"}
     assert read == ATTRIBUTES.keys()
     assert parameters(GRPOTrainer._prepare_inputs) == ["self", "generation_batch"]
 

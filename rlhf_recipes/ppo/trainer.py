@@ -579,6 +579,8 @@ class PPOTrainer(GRPOTrainer):
             with self._timed("value"), self.roles.active(VALUE), self.roles.trunk_given(inputs.get("trunk")):
                 value_loss = self._value_loss(inputs, self.args.cliprange_value)
                 self.accelerator.backward(value_loss)
+            if self.accelerator.sync_gradients:
+                self._reduce_critic()  # before gradients are unscaled (fp16): all processes skip a step, or none does
             per_step = value_loss.detach() * self.current_gradient_accumulation_steps
             self._metrics["train"]["value_loss"].append(self._mean(per_step))
         if self._passes_are_over():
@@ -672,13 +674,6 @@ class PPOTrainer(GRPOTrainer):
             rate = {"lr": self.args.value_learning_rate, "weight_decay": self.args.weight_decay}
             optimizer.add_param_group({"params": trained[VALUE], **rate})
         return optimizer
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's; before gradients are unscaled (fp16), those of the critic are averaged over processes."""
-        loss = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:
-            self._reduce_critic()
-        return loss
 
     def _reduce_critic(self) -> None:
         """Average the critic's gradients over processes."""
