@@ -21,6 +21,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     unseen = guard.from_config(cfg, stage.adapter("rm"))
     rows, asked = data.load(cfg.data, "preferences", cfg.seed), data.heldout_prompts(cfg)
+    stage.check_rows(rows)
     from trl import DPOConfig, DPOTrainer
 
     from rlhf_recipes import evaluation, models

@@ -23,7 +23,8 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     unseen = guard.from_config(cfg, stage.adapter("rm"), reward)
     rows = data.load(cfg.data, "prompts", cfg.seed)
     asked = data.heldout_prompts(cfg, rows.test)
-    taught = data.load(cfg.data, "sft", cfg.seed).train if "ptx_coef" in cfg.training else None
+    taught = data.load(cfg.data, "sft", cfg.seed) if "ptx_coef" in cfg.training else None
+    stage.check_rows(rows, taught)
     from rlhf_recipes import PPOConfig, PPOTrainer, evaluation, models
     from rlhf_recipes.guard.callback import watch
     from rlhf_recipes.roles import POLICY, REFERENCE
@@ -38,7 +39,9 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     stage.check_base(models.fingerprint(policy))
 
     trainer = PPOTrainer(
-        policy, reward.functions, args, rows.train, asked, tokenizer, reward_adapter=reward.adapters, ptx_dataset=taught
+        *(policy, reward.functions, args, rows.train, asked, tokenizer),
+        reward_adapter=reward.adapters,
+        ptx_dataset=taught.train if taught else None,
     )
     watched = watch(trainer, trainer.roles, tokenizer, cfg, unseen)
     terminal.progress(trainer, "ppo")

@@ -18,6 +18,7 @@ from rlhf_recipes.runs import Stage
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     rows = data.load(cfg.data, "preferences", cfg.seed)
+    stage.check_rows(rows)
     from trl import RewardConfig, RewardTrainer
 
     from rlhf_recipes import models, reward_model

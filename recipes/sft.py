@@ -18,6 +18,7 @@ from rlhf_recipes.runs import Stage
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     rows, asked = data.load(cfg.data, "sft", cfg.seed), data.heldout_prompts(cfg)
+    stage.check_rows(rows)
     from trl import SFTConfig, SFTTrainer
 
     from rlhf_recipes import evaluation, models

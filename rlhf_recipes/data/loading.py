@@ -1,5 +1,6 @@
 """Loads what a stage reads: its sources split, mixed and held out, as datasets in TRL's formats."""
 
+import json
 import logging
 import random
 from dataclasses import dataclass, fields
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.data import files
 from rlhf_recipes.data.formats import STAGES, Row, prompt_key
-from rlhf_recipes.data.reading import convert_rows, open_source, shape_of
+from rlhf_recipes.data.reading import convert_rows, find_parts, open_source, shape_of
 from rlhf_recipes.data.sources import Source, parse, source_nodes
 from rlhf_recipes.errors import UserError
 
@@ -27,6 +28,7 @@ class Loaded:
 
     train: "Dataset"
     test: "Dataset"
+    fingerprint: str  # of all rows
 
 
 def load(cfg_data: Any, stage: str, seed: int) -> Loaded:
@@ -52,7 +54,10 @@ def load(cfg_data: Any, stage: str, seed: int) -> Loaded:
                 f"another data.heldout (a share between 0 and 1, or a number of prompts)"
             )
     log.info("data.%s: %s training and %s held-out rows", stage, f"{len(train):,}", f"{len(test):,}")
-    return Loaded(_dataset(train), _dataset(test))
+    digest = blake2b(digest_size=8)
+    for row in (*train, *test):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return Loaded(_dataset(train), _dataset(test), digest.hexdigest())
 
 
 def heldout_prompts(cfg: Any, test: "Dataset | None" = None, count: int | None = None) -> "Dataset | None":
@@ -71,17 +76,36 @@ def heldout_prompts(cfg: Any, test: "Dataset | None" = None, count: int | None =
 
 
 def describe(cfg_data: Any, stage: str) -> dict[str, Any]:
-    """Fingerprint what a stage reads, for runs to see whether it changed, without reading its rows."""
+    """Fingerprint what a stage reads, for runs to see whether it changed, without reading its rows.
+
+    What other stages read is there too, since prompts that they hold out are left out.
+    """
     sources, heldout = parse(cfg_data, stage)
-    described = []
-    for source in sources:
-        about = {f.name: value for f in fields(source) if f.name != "key" and (value := getattr(source, f.name))}
-        about["columns"] = dict(source.columns)
-        if source.kind == "files":
-            found = [files.find(path, source.key) for path in (source.path, source.test) if path]
-            about["files"] = {str(file): files.mark(file, source.key) for of_path in found for file in of_path}
-        described.append(about)
-    return {"heldout": heldout, "sources": described}
+    described: dict[str, Any] = {"heldout": heldout, "sources": [_described(source) for source in sources]}
+    if any(source.kind != "world" for source in sources):
+        described["elsewhere"] = {
+            other: _described_elsewhere(cfg_data, other)
+            for other in STAGES
+            if other != stage and source_nodes(cfg_data, other)
+        }
+    return described
+
+
+def _described(source: Source) -> dict[str, Any]:
+    about = {f.name: value for f in fields(source) if f.name != "key" and (value := getattr(source, f.name))}
+    about["columns"] = dict(source.columns)
+    if source.kind == "files":
+        train, test = find_parts(source)
+        about["files"] = {str(file): files.mark(file, source.key) for file in (*train, *test)}
+        about |= {"test_files": len(test)} if test else {}
+    return about
+
+
+def _described_elsewhere(cfg_data: Any, stage: str) -> Any:
+    try:
+        return [_described(source) for source in parse(cfg_data, stage)[0]]
+    except UserError:
+        return "cannot be read"
 
 
 def _refuse_mixed_formats(sources: list[Source], parts: list[Parts], stage: str) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from difflib import get_close_matches
+from pathlib import Path
 
 from rlhf_recipes.data import files
 from rlhf_recipes.data.files import Places
@@ -86,17 +87,22 @@ def _world(stage: str, seed: int) -> tuple[Places, Places]:
     return iter(train), iter(test)
 
 
-def _files(source: Source) -> tuple[Places, Places | None]:
+def find_parts(source: Source) -> tuple[list[Path], list[Path]]:
+    """The files of the training part and of the test part."""
     found = files.find(source.path, source.key)
     if source.test:
         test = files.find(source.test, source.key)
     else:
         test = [file for file in found if files.is_held_out(file)]
         test = test if len(test) < len(found) else []
-        if test:
-            log.info("%s: held out by name: %s", source.key, ", ".join(map(str, test)))
     held_out = {file.resolve() for file in test}
-    train = [file for file in found if file.resolve() not in held_out]
+    return [file for file in found if file.resolve() not in held_out], test
+
+
+def _files(source: Source) -> tuple[Places, Places | None]:
+    train, test = find_parts(source)
+    if test and not source.test:
+        log.info("%s: held out by name: %s", source.key, ", ".join(map(str, test)))
     columns = dict(source.columns)
     return files.rows(train, source.key, columns), files.rows(test, source.key, columns) if test else None
 

@@ -77,7 +77,7 @@ def hash_file(file: Path, *, sampled: bool = False) -> str:
         return digest.hexdigest()
 
 
-def fingerprint_files(folder: Path | str, pattern: str = "*") -> str:
+def fingerprint_files(folder: Path | str, *patterns: str) -> str:
     """Fingerprint of a folder's files (not of its sub-folders) by name and content, whatever the folder is called.
 
     Large files are sampled: the weights of a 7B model take a moment, and two trainings of one shape still differ in
@@ -86,9 +86,9 @@ def fingerprint_files(folder: Path | str, pattern: str = "*") -> str:
     Raises:
         UserError: no file matches.
     """
-    files = sorted(p for p in Path(folder).glob(pattern) if p.is_file())
+    files = sorted({p for pattern in patterns or ("*",) for p in Path(folder).glob(pattern) if p.is_file()})
     if not files:
-        raise UserError(f"No file matches {pattern} in {folder}.")
+        raise UserError(f"No file matches {' or '.join(patterns) or '*'} in {folder}.")
     return hash_value({p.name: hash_file(p, sampled=True) for p in files})
 
 

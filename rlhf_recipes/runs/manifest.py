@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,8 +43,9 @@ NEUTRAL = (
     *("training.dataloader_num_workers", "training.dataloader_pin_memory", "training.dataloader_prefetch_factor"),
     *("training.dataloader_persistent_workers", "training.dataset_num_proc", "training.skip_memory_metrics"),
     *("training.num_completions_to_print", "training.per_device_eval_batch_size", "training.eval_accumulation_steps"),
-    "reward.min_accuracy",
+    *("training.gradient_checkpointing*", "evaluation.batch_size", "reward.min_accuracy"),
 )
+MICRO_BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
 UNREAD = {"sft": ("start", "trunk", "frozen_top")}  # keys that a stage is given, and has no use for
 
 
@@ -114,8 +115,8 @@ def refuse_damage(path: Path, manifest: dict[str, Any]) -> None:
 def refuse_differences(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise if what the stage was made or begun with is not what is wanted now."""
     pairs = {
-        "": (relevant(old["config"], old["stage"]), relevant(new["config"], new["stage"])),
-        "data.": (flat(old["data"]), flat(new["data"])),
+        "": compared(old, new, lambda leaves: relevant(leaves, old["stage"])),
+        "data.": (_read(old), _read(new)),
         "made again since, ": (old["predecessors"], old["predecessors"] | new["predecessors"]),
     }
     lines = [label + line for label, (was, now) in pairs.items() for line in differences(was, now)]
@@ -127,6 +128,55 @@ def refuse_differences(path: Path, old: dict[str, Any], new: dict[str, Any]) -> 
             "Keep it and use run=<new name>, or replace it with overwrite=true"
             + ("." if finished else ", or go on with the old values.")
         )
+
+
+def doubts(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What may make a difference to a stage and is no reason to refuse it, a line each.
+
+    An unfinished stage is going to read its rows, which `Stage.check_rows` compares; those of a finished one are not
+    read again.
+    """
+    packages = old.get("versions", {}).keys() & new["versions"].keys()
+    was, now = ({package: m["versions"][package] for package in packages} for m in (old, new))
+    found = [f"Versions have changed: {', '.join(changed)}."] if (changed := differences(was, now)) else []
+    if old["status"] != "finished":
+        return found
+    if changed := differences(_read(old, elsewhere=True), _read(new, elsewhere=True)):
+        keys = ", ".join(line.partition(":")[0].replace("elsewhere.", "") for line in changed)
+        found.append(f"What other stages read has changed ({keys}): they may hold out prompts that this one learned.")
+    leaves = _read(new)
+    hub = [key for key, path in leaves.items() if key.endswith("path") and path != "world"]
+    if floating := {leaves[key]: 0 for key in hub if f"{key.removesuffix('path')}revision" not in leaves}:
+        found.append(f"Whether {', '.join(floating)} changed on the hub is not looked up; a `revision` would pin it.")
+    return found
+
+
+def compared(
+    one: Mapping[str, Any], other: Mapping[str, Any], chosen: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The chosen leaves of two manifests' configs, with contents in place of names where both are known."""
+    known = one.get("contents", {}).keys() & other.get("contents", {}).keys()
+    was, now = (
+        chosen(flat(m["config"]) | {key: f"contents {m['contents'][key]}" for key in known}) for m in (one, other)
+    )
+    return was, now
+
+
+def _read(manifest: Mapping[str, Any], *, elsewhere: bool = False) -> dict[str, Any]:
+    """The leaves of what a stage reads, or of what the other stages of its run do, with contents for names of files."""
+    leaves = flat(_by_content(manifest["data"]))
+    return {key: value for key, value in leaves.items() if ("elsewhere." in key) == elsewhere}
+
+
+def _by_content(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_by_content(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "files" in node:
+        marks = {str(i): mark for i, mark in enumerate(node["files"].values())}
+        node = {key: value for key, value in node.items() if key not in ("path", "test")} | {"files": marks}
+    return {key: _by_content(value) for key, value in node.items()}
 
 
 def refuse_other_bases(known: Mapping[Path, str | None], fingerprint: str) -> None:
@@ -170,15 +220,27 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): node}
 
 
-def relevant(config: dict[str, Any], stage: str) -> dict[str, Any]:
-    """The leaves of the config that shape what the stage makes; a null of ours is no key, one of a library's is one."""
+def relevant(leaves: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    """Those leaves of a config that shape what the stage makes, but for defaults: they need not be there."""
+    from rlhf_recipes.config import options  # it imports what imports this
+
+    defaults = {key: option.value for key, option in options.options(stage).items()}
     neutral = (*NEUTRAL, *UNREAD.get(stage, ()))
     return {
         key: "null" if value is None else value
-        for key, value in flat(config).items()
-        if not any(fnmatch(key, pattern) for pattern in neutral)
-        and (value is not None or key.split(".")[0] in ("training", "lora", "quantization"))
+        for key, value in _in_rows(leaves, defaults).items()
+        if not any(fnmatch(key, pattern) for pattern in neutral) and not (key in defaults and value == defaults[key])
     }
+
+
+def _in_rows(leaves: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts of micro-batches as counts of rows: 8 x 4 and 4 x 8 are one batch."""
+    size, *counts = (f"training.{name}" for name in MICRO_BATCHES)
+    values = {key: leaves.get(key, defaults.get(key)) for key in (size, *counts)}
+    if not isinstance(values[size], int):
+        return dict(leaves)
+    rows = {f"{key} x {MICRO_BATCHES[0]}": values[size] * n for key in counts if isinstance(n := values[key], int)}
+    return {key: value for key, value in leaves.items() if key not in values} | rows
 
 
 def iso(moment: float) -> str:

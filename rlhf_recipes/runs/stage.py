@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 
@@ -21,12 +21,15 @@ from rlhf_recipes.errors import UserError
 from rlhf_recipes.runs import disk
 from rlhf_recipes.runs.card import model_card
 from rlhf_recipes.runs.commands import make_command, sweep_folder, typed_overrides
+from rlhf_recipes.runs.contents import contents
 from rlhf_recipes.runs.manifest import (
     MANIFEST,
     SCHEMA,
     Made,
+    compared,
     device,
     differences,
+    doubts,
     flat,
     iso,
     listed,
@@ -36,10 +39,12 @@ from rlhf_recipes.runs.manifest import (
     refuse_damage,
     refuse_differences,
     refuse_other_bases,
-    relevant,
     versions,
 )
 from rlhf_recipes.runs.memory import PeakMemory
+
+if TYPE_CHECKING:
+    from rlhf_recipes.data import Loaded
 
 LOCK = ".lock"
 SAVING = ".saving"  # artefacts on their way into the stage
@@ -49,7 +54,10 @@ REPLACED = (
     "README.md",
     "training_args.bin",
 )  # PEFT's empty card and a pickle with paths: ours and config.yaml say more
-FIXED = ("model.name_or_path", "model.revision", "lora.")  # settled where the run's first adapter was made
+FIXED = (  # settled where the run's first adapter was made
+    *("model.name_or_path", "model.revision", "model.chat_template", "model.eos_token", "model.pad_token"),
+    "lora.",
+)
 
 
 @dataclass
@@ -103,20 +111,23 @@ class Stage:
             "seed": config.get("seed"),
             "overrides": typed_overrides() if overrides is None else list(overrides),
             "config": config,
-            "config_hash": disk.hash_value(relevant(config, name)),
+            "contents": contents(flat(config)),
             "data": disk.plain(data_fingerprint),
+            "versions": versions(),
+            "rows": None,  # known when the data are loaded, see `check_rows`
             "base": None,  # known when the model is loaded, see `check_base`
         }
         manifest = read_manifest(path)
         if manifest and manifest["status"] == "finished" and not overwrite:
             read = {p: run / p for p in predecessors} | {str(p): p for p in others}
-            there = {p: m for p, folder in read.items() if (m := read_manifest(folder)) and m["status"] == "finished"}
-            wanted["predecessors"] = {p: m["fingerprint"] for p, m in there.items()}
+            there = {p: m for p, folder in read.items() if (m := read_manifest(folder))}
+            wanted["predecessors"] = {p: m["fingerprint"] for p, m in there.items() if m["status"] == "finished"}
             refuse_damage(path, manifest)
             refuse_differences(path, manifest, wanted)
-            return cls(name, path, "skip", manifest, _skip_message(path, manifest))
+            again = [f"{p} was begun again and is unfinished." for p in there if p not in wanted["predecessors"]]
+            return cls(name, path, "skip", manifest, _skip_message(path, manifest, doubts(manifest, wanted) + again))
 
-        before = {p: _predecessor(run, p, wanted["overrides"], config) for p in predecessors}
+        before = {p: _predecessor(run, p, wanted) for p in predecessors}
         before |= {str(p): Made.read(p) for p in others if read_manifest(p)}
         wanted["predecessors"] = {p: made.fingerprint for p, made in before.items()}
         try:
@@ -174,8 +185,8 @@ class Stage:
             self.message = f"{self.path} was broken off before its first checkpoint: it starts again."
         if old and checkpoint:
             self.state, self.resume_from = "resume", str(checkpoint)
-            self.message = f"{self.path} resumes from {checkpoint.name}."
-            self.manifest["base"] = old["base"]
+            self.message = "\n  ".join([f"{self.path} resumes from {checkpoint.name}.", *doubts(old, self.manifest)])
+            self.manifest |= {"base": old["base"], "rows": old.get("rows")}
             written = (checkpoint / "trainer_state.json").stat().st_mtime  # time counts up to the checkpoint
             self.manifest["seconds"] = old["seconds"] + max(0.0, written - moment(old["started"]))
         if writes:
@@ -220,7 +231,27 @@ class Stage:
         known = {made.path: made.manifest["base"] for made in self.predecessors.values()}
         known[self.path] = self.manifest["base"]
         refuse_other_bases(known, fingerprint)
-        self.manifest["base"] = fingerprint
+        # what came from the hub is in the cache by now
+        found = contents(flat(self.manifest["config"])) | self.manifest["contents"]
+        self._note({"base": fingerprint, "contents": found})
+
+    def check_rows(self, *loaded: Loaded | None) -> None:
+        """Refuse to go on with other rows than the stage was begun with; write them down otherwise.
+
+        Raises:
+            UserError: with what may be the reason.
+        """
+        fingerprints = [part.fingerprint for part in loaded if part]
+        if self.manifest["rows"] not in (None, fingerprints):
+            raise UserError(
+                f"{self.path} is unfinished, and was begun with other rows: a file that another stage reads holds out "
+                "other prompts, the hub has changed a dataset without a `revision`, or this version reads rows "
+                "otherwise. Undo that, use run=<new name>, or start it afresh with overwrite=true."
+            )
+        self._note({"rows": fingerprints})
+
+    def _note(self, known: Mapping[str, Any]) -> None:
+        self.manifest |= known
         if self._lock:
             disk.write_json(self.path / MANIFEST, self.manifest)
 
@@ -286,11 +317,10 @@ class Stage:
                 "device": device(),
                 "python": platform.python_version(),
                 "platform": f"{platform.system()} {platform.machine()}",
-                "versions": versions(),
                 "files": files,
-                # of the weights alone: PEFT writes its config in another order each time
+                # of weights and scale alone: PEFT writes its config in another order each time
                 "fingerprint": disk.hash_value(
-                    {n: f["sha256"] for n, f in files.items() if n.endswith(".safetensors")}
+                    {n: f["sha256"] for n, f in files.items() if n.endswith((".safetensors", "head.json"))}
                 ),
             }
             chain = [*(p.manifest for p in self.predecessors.values()), self.manifest]
@@ -379,7 +409,8 @@ def finished(cfg: Any, name: str) -> Made:
         UserError: it is missing, unfinished, damaged, of another base, or came from stages that were made again since.
     """
     config = plain_config(cfg)
-    return _predecessor(run_folder(config), name, typed_overrides(), config)
+    wanted = {"overrides": typed_overrides(), "config": config, "contents": contents(flat(config))}
+    return _predecessor(run_folder(config), name, wanted)
 
 
 @contextmanager
@@ -412,8 +443,8 @@ def reading(cfg: Any, name: str) -> Iterator[Path]:
             folder.rmdir()
 
 
-def _predecessor(run: Path, name: str, overrides: list[str], config: Mapping[str, Any]) -> Made:
-    path, manifest = run / name, read_manifest(run / name)
+def _predecessor(run: Path, name: str, wanted: Mapping[str, Any]) -> Made:
+    path, manifest, overrides = run / name, read_manifest(run / name), wanted["overrides"]
     command = make_command([name], overrides)
     if manifest is None:
         raise UserError(f"{path} is missing. Make it first: {command}")
@@ -426,10 +457,10 @@ def _predecessor(run: Path, name: str, overrides: list[str], config: Mapping[str
         if now and now.get("fingerprint") not in (None, fingerprint):
             again = make_command([name], overrides, "overwrite=true")
             raise UserError(f"{path} came from another {earlier} than {run / earlier} is now. Make it again: {again}")
-    was, now = ({k: v for k, v in flat(c).items() if k.startswith(FIXED)} for c in (manifest["config"], config))
-    if changed := differences(was, now):
+    fixed = compared(manifest, wanted, lambda leaves: {k: v for k, v in leaves.items() if k.startswith(FIXED)})
+    if changed := differences(*fixed):
         raise UserError(
-            f"{path} was made with another base or adapter, which later stages cannot change:\n"
+            f"{path} was made with another base or adapter, or other tokens, which later stages cannot change:\n"
             + listed(changed)
             + "\nLeave these out, or make all stages with them: run=<new name>."
         )
@@ -488,6 +519,7 @@ def _main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _skip_message(path: Path, manifest: dict[str, Any]) -> str:
+def _skip_message(path: Path, manifest: dict[str, Any], doubts: list[str]) -> str:
     when = datetime.fromisoformat(manifest["finished"]).astimezone().strftime("%Y-%m-%d %H:%M")
-    return f"{path} is finished ({when}) and unchanged: skipped. overwrite=true makes it again."
+    skipped = f"{path} is finished ({when}) and unchanged: skipped. overwrite=true makes it again."
+    return "\n  ".join([skipped, *doubts])
