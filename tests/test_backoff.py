@@ -155,6 +155,14 @@ def test_a_batch_in_parts_teaches_what_the_whole_batch_does(stage, when, request
     assert "out of GPU memory at step 0 (CUDA out of memory)" in caplog.text
 
 
+def test_an_entropy_bonus_counts_the_same_in_parts(ppo):
+    options = {"entropy_coef": 0.5, "optim": "sgd", "learning_rate": 0.1, "max_steps": 1}
+    whole, _ = learned(ppo(**options))
+    parts, watch = learned(ppo(**options), card=4)
+    assert watch.parts == 2
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_step_after_a_failed_one_starts_from_the_gradients_before_it(stage, request):
     """The second of two micro-batches fails: what the first had accumulated is there again, and counted once."""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.optimizer import patch_optimizer_step
 from datasets import Dataset
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PromptTuningConfig, VeraConfig, get_peft_model
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import selective_log_softmax
 
@@ -32,12 +33,14 @@ def count_w3(completions, **kwargs):
 def make_trainer(tmp_path, tiny_policy, tokenizer, prompts):
     """A function that makes a trainer on 16 episodes per iteration, in two micro-batches and two passes."""
 
-    def make(model=None, reward_funcs=count_w3, eval_dataset=None, reward_adapter=None, ptx_dataset=None, **args):
+    def make(model=None, reward_funcs=count_w3, **given):
+        own = ("eval_dataset", "reward_adapter", "ptx_dataset", "callbacks", "optimizers")
+        parts = {name: given.pop(name) for name in own if name in given}
         defaults = {
             "output_dir": str(tmp_path / "out"),
             "per_device_train_batch_size": 8,
             "gradient_accumulation_steps": 2,
-            "steps_per_generation": args.get("gradient_accumulation_steps", 2),
+            "steps_per_generation": given.get("gradient_accumulation_steps", 2),
             "max_completion_length": 8,
             "max_steps": 4,
             "kl_budget": None,
@@ -55,12 +58,10 @@ def make_trainer(tmp_path, tiny_policy, tokenizer, prompts):
         return PPOTrainer(
             model=model or tiny_policy(),
             reward_funcs=reward_funcs,
-            args=PPOConfig(**defaults | args),
+            args=PPOConfig(**defaults | given),
             train_dataset=prompts,
-            eval_dataset=eval_dataset,
             processing_class=tokenizer,
-            reward_adapter=reward_adapter,
-            ptx_dataset=ptx_dataset,
+            **parts,
         )
 
     return make
@@ -627,6 +628,95 @@ def test_held_out_prompts_are_scored_with_the_same_noise_and_the_best_checkpoint
     objectives = history(trainer, "eval_objective")
     assert trainer.state.best_metric == max(objectives)
     assert Path(trainer.state.best_model_checkpoint).name == f"checkpoint-{2 * (objectives.index(max(objectives)) + 1)}"
+
+
+class Overflow(TrainerCallback):
+    """What accelerate sets up for fp16 on a GPU, with torch's own GradScaler, and one gradient that overflows."""
+
+    def __init__(self, role, step):
+        self.role, self.step, self.moved, self.trainer = role, step, [], None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        accelerator, scaler = self.trainer.accelerator, torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        accelerator.scaler = scaler
+        for optimizer in accelerator._optimizers:
+            optimizer.scaler, optimizer._accelerate_step_called = scaler, False
+            optimizer._optimizer_original_step_method = optimizer.optimizer.step
+            optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, optimizer.optimizer.step)
+        accelerator.unscale_gradients = lambda _=None: [scaler.unscale_(o.optimizer) for o in accelerator._optimizers]
+        self.trainer.roles.trained[self.role][0].register_hook(
+            lambda gradient: gradient * float("nan") if self.trainer.state.global_step == self.step else gradient
+        )
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.before = weights(self.trainer, POLICY, VALUE)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.moved.append({name[:3] for name in moved(self.before, weights(self.trainer, POLICY, VALUE))})
+
+
+@pytest.mark.parametrize("role", [POLICY, VALUE])
+def test_with_fp16_one_gradient_that_overflows_costs_one_step(make_trainer, role):
+    overflow = Overflow(role, step=2)
+    overflow.trainer = trainer = make_trainer(max_steps=6, callbacks=[overflow])
+    trainer.train()
+    assert overflow.moved == [set() if step == 2 else {"def", "val"} for step in range(6)]
+    assert all(weight.isfinite().all() for weight in weights(trainer, POLICY, VALUE).values())
+
+
+def test_the_critic_is_pretrained_under_the_loss_scale_of_fp16_too(make_trainer):
+    plain = make_trainer(max_steps=1, value_pretraining_passes=2)
+    plain.train()
+    overflow = Overflow(POLICY, step=-1)
+    overflow.trainer = scaled = make_trainer(max_steps=1, value_pretraining_passes=2, callbacks=[overflow])
+    scaled.train()
+    for name, weight in weights(plain, VALUE).items():
+        torch.testing.assert_close(weights(scaled, VALUE)[name], weight, atol=1e-4, rtol=1e-3)
+
+
+def test_a_step_that_fp16_could_not_take_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="target_kl can leave a step without any gradient: use bf16, or kl_budget"):
+        PPOConfig(str(tmp_path), fp16=True, bf16=False, use_cpu=True, target_kl=0.1, freeze_value=True)
+
+
+def test_an_optimizer_of_the_callers_own_trains_the_critic_too(make_trainer, tiny_policy):
+    policy = tiny_policy()
+    optimizer = torch.optim.SGD([p for n, p in policy.named_parameters() if "lora" in n], lr=1e-2)
+    trainer = make_trainer(policy, optimizers=(optimizer, None), max_steps=2)
+    before = weights(trainer, VALUE)
+    trainer.train()
+    assert "value/head" in moved(before, weights(trainer, VALUE))
+    assert trainer.optimizer.optimizer is optimizer
+
+
+def test_evaluations_are_means_over_episodes_and_an_objective_keeps_its_coefficient(make_trainer):
+    """17 prompts in batches of 8: the last batch is one episode, which counts once."""
+
+    def number(prompts, **kwargs):
+        return [float(prompt.split()[0][1:]) for prompt in prompts]
+
+    rows = Dataset.from_dict({"prompt": [f"w{0 if i < 16 else 34}" for i in range(17)]})
+    trainer = make_trainer(reward_funcs=number, eval_dataset=rows, per_device_eval_batch_size=8, beta=0.5)
+    trainer.kl.coef = 100.0  # where an adaptive coefficient may have got to
+    trainer.roles.layer_parameters(POLICY, trainer.roles.layers)[
+        "base_model.model.model.layers.3.mlp.down_proj.lora_B.weight"
+    ].data.mul_(3)
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] == pytest.approx(34 / 17)
+    assert metrics["eval_kl"] > 0.01
+    assert metrics["eval_objective"] == pytest.approx(34 / 17 - 0.5 * metrics["eval_kl"])
+
+
+def test_over_the_kl_budget_callbacks_see_no_objective_either(make_trainer, prompts):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append(metrics["eval_objective"])
+
+    settings = {"eval_dataset": prompts.select(range(4)), "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    make_trainer(kl_budget=1e-9, learning_rate=0.05, callbacks=[Watch()], **settings).train()
+    assert seen == [-float("inf")]
 
 
 # ---- checkpoints
