@@ -187,7 +187,6 @@ NOTES = [
     "- **At a KL**: where a run first comes to it, linear in the KL's root between snapshots. **In our time**: after "
     "as many episodes as the tool makes in the time of our default row, by the tables of times, linear between "
     "snapshots; a faster row has no more than its own episodes.",
-    "- What an iteration of ours spends on the critic alone, in which the policy rests, counts as episodes here.",
 ]
 
 

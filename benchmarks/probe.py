@@ -60,6 +60,7 @@ class Iterations:
         self.models: weakref.WeakSet[Any] = weakref.WeakSet()
         self._stepped = 0
         self._paused = 0.0
+        self._policy: set[int] | None = None
 
     def watch(self) -> None:
         """Be told of every optimizer step and of every PEFT model from now on."""
@@ -73,9 +74,11 @@ class Iterations:
             self.models.add(model)
 
         PeftModel.__init__ = noted
-        register_optimizer_step_post_hook(lambda *_: self._step())
+        register_optimizer_step_post_hook(lambda optimizer, *_: self._step(optimizer))
 
-    def _step(self) -> None:
+    def _step(self, optimizer: Any) -> None:
+        if not self._trains_policy(optimizer):
+            return
         self._stepped += 1
         if self._stepped % self.steps:
             return
@@ -84,6 +87,14 @@ class Iterations:
         if len(self.seconds) in self.snapshots:
             self._snapshot(len(self.seconds))
         self._paused += time.perf_counter() - now
+
+    def _trains_policy(self, optimizer: Any) -> bool:
+        """Ours pretrains the critic with an optimizer of its own; without PEFT every optimizer counts."""
+        if self._policy is None:
+            named = (item for model in self.models for item in model.named_parameters())
+            self._policy = {id(parameter) for name, parameter in named if ".default." in name}
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return not self._policy or bool(self._policy & trained)
 
     def _snapshot(self, iteration: int) -> None:
         from peft.utils import get_peft_model_state_dict

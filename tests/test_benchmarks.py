@@ -47,12 +47,12 @@ def made(step: float, *, rewards: dict[int, float] | None = None) -> Run:
     return Run(seconds, rss=1000, anonymous=500, versions={}, threads=1, verdicts=verdicts)
 
 
-def test_time_leaves_out_the_first_iterations() -> None:
+def test_time_leaves_out_the_first_iteration() -> None:
     run = made(32.0)
-    cheap = Run([1, 2, 3, 4, 5, *run.seconds[5:]], 1000, 500, {}, 1, {})
+    slower = Run([1, *run.seconds[1:]], 1000, 500, {}, 1, {})
 
     assert run.seconds_per_episode == 1.0
-    assert cheap.seconds_per_episode == pytest.approx((100 + 7 * 32 - 5) / 3 / 32)
+    assert slower.seconds_per_episode == pytest.approx((100 + 7 * 32 - 1) / 7 / 32)
 
 
 def test_reward_after_a_time_is_read_off_the_line_between_snapshots() -> None:
@@ -460,6 +460,29 @@ def test_probe_notes_iterations_and_memory_of_a_program(tmp_path: Path) -> None:
     assert len(figures["seconds"]) == 2, "four optimizer steps, two an iteration"
     assert figures["peak"]["rss"] >= figures["before"]["rss"] > 0
     assert "torch" in figures["versions"]
+
+
+def test_an_iteration_is_one_of_the_policys_steps_and_not_of_the_critics_pretraining(
+    tiny_policy: Callable[..., Any], tmp_path: Path
+) -> None:
+    import torch
+
+    from benchmarks.probe import Iterations
+
+    policy = tiny_policy()
+    policy.add_adapter("value", policy.peft_config["default"])
+    named = dict(policy.named_parameters())
+    critic, both = (
+        torch.optim.SGD([p for name, p in named.items() if any(f".{role}." in name for role in roles)], lr=0.1)
+        for roles in (["value"], ["default", "value"])
+    )
+    iterations = Iterations(tmp_path, 2, set())
+    iterations.models.add(policy)
+
+    for optimizer in (critic, critic, both, both, both):
+        iterations._step(optimizer)
+
+    assert len(iterations.seconds) == 1, "three steps of the policy, two an iteration"
 
 
 @pytest.mark.slow
