@@ -148,7 +148,7 @@ def wins(runs: Path) -> list[str]:
             if row["judge"] == "gold":
                 cells = [
                     "{:.1%} ({:.1%} to {:.1%})".format(*row["win_rate"]),
-                    "{:.1%} ({:.1%} to {:.1%})".format(*row["length_controlled"]),
+                    "{:.1%} ({:.1%} to {:.1%})".format(*row["length_controlled"]) if row["length_controlled"] else "-",
                     f"{row['ties']:.0%}",
                     "{:.1%} ({:.1%} to {:.1%})".format(*row["without_ties"]),
                     "{:.3f} ± {:.3f}".format(*metrics["policies"][row["policy"]]["gold"]),

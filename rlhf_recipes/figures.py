@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+FEW = 20
+"""Prompts below which an interval is rough, and is shown with a mark."""
+
+
+def few(prompts: int) -> str:
+    """The mark of an interval over so few prompts that it is rough; empty over more."""
+    return f" ({prompts} prompt{'s' * (prompts != 1)})" if prompts < FEW else ""
+
 
 def number(value: object) -> str:
     """A figure for people: `0.71 ± 0.02` for (mean, half-width), `0.713`, `12,345`; None is a dash, text stays."""

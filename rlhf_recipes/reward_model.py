@@ -105,20 +105,11 @@ def agreement(
 
 
 def _interval_of_pairs(right: Tensor, prompts: Sequence[Any]) -> evaluation.Interval:
-    """Mean of `right` (n,) and half of its 95% interval, where pairs of one prompt are not independent.
-
-    The variance is that of the prompts' sums of residuals (Liang and Zeger, 1986: cluster-robust), so that a ranking of
-    six responses does not count as fifteen observations.
-    """
-    sums: dict[str, float] = defaultdict(float)
-    mean = right.mean().item()
+    """Mean of `right` (n,) and half of its 95% interval: a ranking of six responses is not fifteen observations."""
+    pairs: dict[str, list[float]] = defaultdict(list)
     for prompt, value in zip(prompts, right.tolist(), strict=True):
-        sums[str(prompt)] += value - mean
-    groups = len(sums)
-    if groups < 2:
-        return evaluation.Interval(mean, float("nan"))
-    variance = sum(s * s for s in sums.values()) / len(right) ** 2 * groups / (groups - 1)
-    return evaluation.Interval(mean, 1.96 * variance**0.5)
+        pairs[str(prompt)].append(value)
+    return evaluation.rate([sum(of) for of in pairs.values()], [len(of) for of in pairs.values()]).around_mean()
 
 
 def measure_scale(

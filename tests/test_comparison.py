@@ -12,7 +12,7 @@ import pytest
 import torch
 from judge_server import prefers, serving
 from nltk.util import ngrams as nltk_ngrams
-from scipy.stats import bootstrap
+from scipy.stats import binomtest, bootstrap
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer
 
@@ -68,17 +68,23 @@ def test_a_tie_is_half_a_win_and_a_failed_comparison_counts_neither_way():
     assert wins.win_rate([1, 0.5, 0, 0], 1).mean == pytest.approx(1.5 / 4)
     assert wins.win_rate([1, None, None, 0.5], 1).mean == pytest.approx(1.5 / 2)
     assert wins.win_rate([None, None], 1) is None
-    assert wins.win_rate([1, 1, 1], 1) == (1, 1, 1)
 
 
-def test_samples_of_one_prompt_are_resampled_together():
+def test_samples_of_one_prompt_that_agree_count_once():
     verdicts = np.repeat(np.random.default_rng(0).integers(0, 2, 100), 4).tolist()
+    assert wins.win_rate(verdicts, 4)[:3] == pytest.approx(wins.win_rate(verdicts[::4], 1)[:3])
     together, apart = wins.win_rate(verdicts, 4), wins.win_rate(verdicts, 1)
-    assert together.mean == apart.mean
-    assert together.high - together.low == pytest.approx(2 * (apart.high - apart.low), rel=0.15)
+    assert together.high - together.low == pytest.approx(2 * (apart.high - apart.low), rel=0.05)
 
 
-def test_the_interval_is_that_of_scipy():
+@pytest.mark.parametrize("won", [0, 1, 4, 8])
+def test_the_interval_of_wins_and_losses_is_wilsons(won):
+    theirs = binomtest(won, 8).proportion_ci(method="wilson")
+    ours = wins.win_rate([1.0] * won + [0.0] * (8 - won), 1)
+    assert ours == pytest.approx((won / 8, theirs.low, theirs.high, 8))
+
+
+def test_with_many_prompts_the_interval_is_that_of_a_bootstrap():
     verdicts = np.random.default_rng(1).choice([0, 0.5, 1], 150, p=[0.3, 0.3, 0.4])
     theirs = bootstrap(
         (verdicts,), np.mean, n_resamples=5000, method="percentile", random_state=np.random.default_rng(2)
@@ -87,36 +93,40 @@ def test_the_interval_is_that_of_scipy():
     assert (ours.low, ours.high) == (pytest.approx(theirs.low, abs=0.01), pytest.approx(theirs.high, abs=0.01))
 
 
-@pytest.mark.slow
-def test_intervals_cover_the_true_win_rate_in_95_of_100_cases():
-    """1000 simulated comparisons of 150 prompts, two samples each, whose chance of a win differs by prompt."""
+def test_one_prompt_has_no_interval_however_many_samples_it_has():
+    rate = wins.win_rate([1, 1, 0, 1], 4)
+    assert (rate.mean, rate.prompts) == (0.75, 1) and math.isnan(rate.low) and math.isnan(rate.high)
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.9])
+@pytest.mark.parametrize("prompts", [8, 16])
+def test_intervals_cover_the_true_win_rate_in_95_of_100_comparisons_however_few_prompts(prompts, rate):
+    """2000 simulated comparisons, two samples of each prompt, whose chance of a win differs by prompt."""
     rng = np.random.default_rng(3)
-    true, covered = 0.6, 0
-    for case in range(1000):
-        chance = rng.beta(6, 4, size=150)  # its mean is 0.6
-        verdicts = (rng.random((150, 2)) < chance[:, None]).astype(float)
-        rate = wins.win_rate(verdicts.ravel().tolist(), 2, seed=case)
-        covered += rate.low <= true <= rate.high
-    assert 930 <= covered <= 970
+    chance = rng.beta(4 * rate, 4 * (1 - rate), size=(2000, prompts, 1))
+    verdicts = (rng.random((2000, prompts, 2)) < chance).astype(float)
+    found = [wins.win_rate(of.ravel().tolist(), 2) for of in verdicts]
+    assert 0.93 <= sum(of.low <= rate <= of.high for of in found) / 2000 <= 0.97
 
 
 def simulated(likes_length, gain=0.0, n=1000, seed=4):
     """Verdicts of a judge that sees by how much an answer is longer, and adds `gain` to the policy's."""
     rng = np.random.default_rng(seed)
     longer = rng.normal(8, 20, n).round()
-    chance = 1 / (1 + np.exp(-(gain + likes_length * np.tanh(longer / longer.std()))))
+    chance = 1 / (1 + np.exp(-(gain + likes_length * np.tanh(longer / np.sqrt((longer**2).mean())))))
     return (rng.random(n) < chance).astype(float), longer
 
 
 def test_the_length_controlled_win_rate_is_that_of_a_public_logistic_regression():
     won, longer = simulated(1.5, gain=0.3)
     won[::7] = 0.5
-    x = np.tanh(longer / longer.std())[:, None]
+    x = np.append(np.tanh(longer / np.sqrt((longer**2).mean())), 0)[:, None]
+    won = np.append(won, 0.5)  # the tie at equal lengths that is added
     model = LogisticRegression(C=1 / wins.RIDGE, tol=1e-10, max_iter=1000)
     # a tie is half of a win and half of a loss
     model.fit(np.vstack([x, x]), np.repeat([1, 0], len(x)), sample_weight=np.concatenate([won, 1 - won]))
     theirs = 1 / (1 + math.exp(-model.intercept_[0]))
-    ours = wins.length_controlled(won.tolist(), longer.tolist(), 1)
+    ours = wins.length_controlled(won[:-1].tolist(), longer.tolist(), 1)
     assert ours.mean == pytest.approx(theirs, abs=1e-5)
     assert ours.low < ours.mean < ours.high
 
@@ -134,14 +144,44 @@ def test_a_judge_that_does_not_see_length_gives_the_raw_rate():
     assert controlled.mean == pytest.approx(raw.mean, abs=0.02)
 
 
+def test_where_one_side_is_nearly_always_longer_there_is_no_rate_at_equal_length():
+    """A judge that sees length alone: the raw rate is no rate at equal length, and nothing else is known of it."""
+    rng = np.random.default_rng(5)
+    for extra in (100, 40, 20):  # with a deviation of 10, fewer than one answer in twenty is shorter
+        longer = rng.normal(extra, 10, 768)
+        won = rng.random(768) < 1 / (1 + np.exp(-0.05 * longer))
+        assert wins.win_rate(won.tolist(), 4).low > 0.6
+        assert wins.length_controlled(won.tolist(), longer.tolist(), 4) is None
+        assert "of the answers are shorter than the baseline's" in wins.why_not_controlled(
+            won.tolist(), longer.tolist()
+        )
+    longer = rng.normal(10, 10, 768)
+    won = rng.random(768) < 1 / (1 + np.exp(-0.05 * longer))
+    rate = wins.length_controlled(won.tolist(), longer.tolist(), 4)
+    assert rate.low < 0.5 < rate.high and rate.high - rate.low < 0.15
+    assert wins.why_not_controlled(won.tolist(), longer.tolist()) is None
+
+
 def test_equal_lengths_have_nothing_to_control():
-    assert wins.length_controlled([1, 0, 1], [5, 5, 5], 1) is None
+    assert wins.length_controlled([1, 0, 1], [0, 0, 0], 1) is None
+    assert wins.why_not_controlled([1, 0, 1], [0, 0, 0]) == "all answers have the length of the baseline's"
+    assert wins.why_not_controlled([None], [3]) == "nothing was decided"
 
 
 def test_length_that_decides_everything_ends_in_finite_numbers():
     rate = wins.length_controlled([1, 1, 0, 0] * 10, [5, 3, -2, -4] * 10, 1)
     assert all(math.isfinite(value) for value in rate)
-    assert wins.length_controlled([1] * 20, list(range(20)), 1).mean > 0.99
+    rate = wins.length_controlled([1] * 20, list(range(-10, 10)), 1)
+    assert rate.mean > 0.95 and 0.05 < rate.high - rate.low < 0.4
+
+
+def test_rates_at_equal_length_cover_the_true_one_in_95_of_100_comparisons():
+    covered = 0
+    for seed in range(300):
+        won, longer = simulated(1.5, gain=1.0, n=40, seed=seed)
+        rate = wins.length_controlled(won.tolist(), longer.tolist(), 1)
+        covered += rate.low <= 1 / (1 + math.exp(-1)) <= rate.high
+    assert covered >= 0.93 * 300
 
 
 # ---- a judge behind an endpoint, and a real server
@@ -203,7 +243,7 @@ def test_a_question_that_never_gets_a_reply_is_counted_and_no_loss(tmp_path, fai
         verdicts = judge_at(server, tmp_path).verdicts(PROMPTS, GOOD, BAD)
     assert verdicts == [1, None, 1, 1]
     assert len([text for text in server.asked if "p2" in text]) == 2 * 3, "three tries of both questions"
-    assert wins.win_rate(verdicts, 1) == (1, 1, 1)
+    assert wins.win_rate(verdicts, 1).mean == 1
 
 
 def test_a_judge_that_takes_too_long_is_a_failure(tmp_path):
@@ -463,16 +503,37 @@ def test_the_reward_model_that_was_optimised_is_no_evidence_and_gold_is(tmp_path
     found = {name: answers(name, [(row["prompt"], row["completion"])], [1.0]) for name in ("sft", "ppo")}
     by_name = {judge.name: judge for judge in judges.after_answers(cfg, found, tmp_path)}
     assert by_name["gold"].evidence and not by_name[judges.FROM_RUN].evidence
-    told = findings.win_rates(found, "sft", [*by_name.values()], [None], 1, 0)
+    told = findings.win_rates(found, "sft", [*by_name.values()], [None], 1)
     assert [row["evidence"] for row in told] == [True, False]
-    assert told[0]["win_rate"] == (0.5, 0.5, 0.5)
+    assert told[0]["win_rate"][0] == 0.5
 
 
 def test_wins_are_told_with_ties_as_half_and_without_them():
     found = {name: answers(name, [("p", "one")] * 4) for name in ("sft", "ppo")}
     judge = judges.Scores("s", {"ppo": [1.0, 1.0, 0.0, 0.0], "sft": [0.0, 0.0, 1.0, 0.0]})
-    (told,) = findings.win_rates(found, "sft", [judge], [None], 4, 0)
+    (told,) = findings.win_rates(found, "sft", [judge], [None], 4)
     assert (told["win_rate"].mean, told["ties"], told["without_ties"].mean) == (2.5 / 4, 1 / 4, 2 / 3)
+
+
+def test_lengths_are_counted_in_characters_since_tokenizers_differ():
+    """The same texts in 1.4 times the tokens are no longer answers."""
+    found = {name: answers(name, [("p", "w " * n) for n in (10, 50)]) for name in ("sft", "ppo")}
+    for sample in found["ppo"].made:
+        sample.completion_ids.extend(sample.completion_ids[: len(sample.completion_ids) * 2 // 5])
+    (told,) = findings.win_rates(
+        found, "sft", [judges.Scores("s", {"ppo": [1.0, 0.0], "sft": [0.0, 1.0]})], [None] * 2, 1
+    )
+    assert told["length_controlled"] is None
+    assert told["not_controlled"] == "all answers have the length of the baseline's"
+
+
+def test_few_prompts_are_marked_and_one_has_no_interval():
+    found = {name: answers(name, [("p", "one")] * 3) for name in ("sft", "ppo")}
+    judge = judges.Scores("s", {"ppo": [1.0, 1.0, 0.0], "sft": [0.0, 0.0, 0.0]})
+    (told,) = findings.win_rates(found, "sft", [judge], ["a", "a", "b"], 1)
+    assert findings._percent(told["win_rate"]) == "83% [38%, 98%] (3 prompts)"
+    assert findings._percent(told["categories"]["b"]) == "50% (1 prompt)"
+    assert findings._percent(wins.win_rate([1, 0] * 10, 1)) == "50% [30%, 70%]"
 
 
 def scoring(tmp_path, body):

@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from rlhf_recipes import data, evaluation, portions
 from rlhf_recipes.config import compose
-from rlhf_recipes.evaluation import Interval, Sample, interval, kl, rewards, sample, summarize
+from rlhf_recipes.evaluation import Interval, Sample, interval, kl, rate, rewards, sample, summarize
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Roles
 
 PROMPTS = [{"prompt": "w1 w2"}, {"prompt": "w3 w4 w5 w6 w7"}, {"prompt": "w8"}, {"prompt": "w9 w10 w11"}]
@@ -36,9 +37,9 @@ def draw(roles, tokenizer, prompts=PROMPTS, samples=2, seed=2, **options):
 # ---- intervals
 
 
-def test_an_interval_is_the_mean_and_1_96_standard_errors():
-    # mean 3, squares of the deviations 4 + 0 + 4 = 8, variance 8 / 2 = 4, standard error 2 / sqrt(3)
-    assert interval([1, 3, 5]) == pytest.approx((3, 1.96 * 2 / math.sqrt(3)))
+def test_an_interval_is_the_mean_and_students_t_standard_errors():
+    # mean 3, squares of the deviations 4 + 0 + 4 = 8, variance 8 / 2 = 4, standard error 2 / sqrt(3), t of 2 degrees
+    assert interval([1, 3, 5]) == pytest.approx((3, 4.302653 * 2 / math.sqrt(3)))
 
 
 def test_one_value_has_no_interval():
@@ -46,10 +47,28 @@ def test_one_value_has_no_interval():
     assert mean == 0.25 and math.isnan(half_width)
 
 
+def test_a_rate_of_all_or_nothing_has_an_interval_too():
+    """Of eight prompts that all end, .90 may be the truth: Wilson reaches down to .68."""
+    figures = summarize({"EOS": [1.0] * 8, "length": [3.0] * 8}, samples=1)
+    assert figures["EOS"] == pytest.approx((1, 1 - 0.6756), abs=1e-4)
+    assert figures["length"] == (3, 0)
+
+
+def test_differences_of_rates_are_no_rates():
+    change = summarize({"EOS": [-0.5, 0.5, 0.0]}, samples=1, rates=())
+    assert change["EOS"] == interval([-0.5, 0.5, 0.0])
+
+
+def test_an_interval_of_normal_values_covers_in_95_of_100_cases_however_few():
+    values = np.random.default_rng(0).normal(size=(2000, 4))
+    covered = sum(abs(mean) <= half for mean, half in map(interval, values.tolist()))
+    assert 0.935 <= covered / 2000 <= 0.965
+
+
 def test_prompts_are_counted_and_not_samples():
     figures = summarize({"length": [1, 3, 6, 8]}, samples=2)
     # prompts: 2 and 7; standard deviation 5 / sqrt(2), standard error 2.5. As four values it would be 1.55
-    assert figures == {"length": pytest.approx(Interval(4.5, 1.96 * 2.5))}
+    assert figures == {"length": pytest.approx(Interval(4.5, 12.706205 * 2.5))}
 
 
 def test_more_samples_of_the_same_answers_make_the_interval_no_narrower():
@@ -60,8 +79,8 @@ def test_more_samples_of_the_same_answers_make_the_interval_no_narrower():
 
 def test_what_does_not_apply_to_a_prompt_is_left_out_and_a_prompt_of_part_counts_as_its_mean():
     figures = summarize({"helpful": [1, 0, None, None, None, 1]}, samples=2)
-    # prompts: 1/2, none, 1; mean 3/4, standard deviation 1/2 / sqrt(2), standard error 1/4
-    assert figures["helpful"] == pytest.approx((0.75, 1.96 * 0.25))
+    # prompts: 1/2, none, 1
+    assert figures["helpful"] == rate([0.5, 1]).around_mean() and figures["helpful"].mean == 0.75
 
 
 def test_a_measure_that_applies_to_no_prompt_is_not_shown():
@@ -69,12 +88,12 @@ def test_a_measure_that_applies_to_no_prompt_is_not_shown():
 
 
 def test_gold_is_the_mean_of_its_components_however_many_prompts_each_has():
-    helpful = [1, 1, 1, 0] + [None] * 4  # mean 3/4, deviation 1/2, error 1/4
-    harmless = [None] * 4 + [0, 0, None, None]  # mean 0, error 0
+    helpful = [1, 1, 1, 0] + [None] * 4  # mean 3/4; Wilson from .301 to .954
+    harmless = [None] * 4 + [0, 0, None, None]  # mean 0; Wilson from 0 to .658
     figures = summarize({"helpful": helpful, "harmless": harmless, "length": [2.0] * 8}, samples=1)
     assert list(figures) == ["gold", "helpful", "harmless", "length"]
-    # (3/4 + 0) / 2, where the mean of the 6 values would be 1/2; the errors are independent: sqrt(1/4^2 + 0^2) / 2
-    assert figures["gold"] == pytest.approx((0.375, 1.96 * 0.125))
+    # (3/4 + 0) / 2, where the mean of the 6 values would be 1/2; the errors are independent
+    assert figures["gold"] == pytest.approx((0.375, math.hypot(0.75 - 0.3006, 0.6576) / 2), abs=1e-4)
 
 
 def test_without_a_known_truth_there_is_no_gold():

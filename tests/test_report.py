@@ -14,8 +14,9 @@ from recipes import report as recipe
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.report import Run, html, markdown, plots, report
 from rlhf_recipes.report.command import parse
+from rlhf_recipes.report.content import Table
 from rlhf_recipes.report.examples import samples
-from rlhf_recipes.report.judged import evaluation, overoptimization
+from rlhf_recipes.report.judged import evaluation, overoptimization, win_rates
 from rlhf_recipes.report.page import TEMPLATE, _escaped, _fenced
 from rlhf_recipes.report.palette import COLOURS, hue, step
 from rlhf_recipes.report.sections import measures, results
@@ -199,6 +200,14 @@ def test_a_judge_that_ppo_was_trained_to_please_is_no_evidence(full, text):
     )
     assert "| ppo | sft | reward (no evidence) | 86.0 (82.0 to 90.0) | - |" in text
     assert '<tr class="muted"><td class="word"><span class="chip"' in (full / "report.html").read_text()
+
+
+def test_win_rates_of_few_prompts_are_marked_and_those_without_an_equal_length_say_why():
+    duel = {"policy": "ppo", "judge": "gold", "win_rate": [0.75, 0.5, 0.9, 16], "without_ties": [1.0, None, None, 1]}
+    blocks = win_rates([duel | {"length_controlled": None, "not_controlled": "only 1.0% are shorter"}], "sft")
+    (table,) = [block for block in blocks if isinstance(block, Table)]
+    assert table.rows[0].cells[3:7] == ["75.0 (50.0 to 90.0) (16 prompts)", "-", "-", "100.0 (1 prompt)"]
+    assert "No length-controlled rate where only 1.0% are shorter." in table.note
 
 
 def test_a_standard_error_of_a_benchmark_becomes_its_interval(text):

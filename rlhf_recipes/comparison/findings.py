@@ -16,7 +16,7 @@ from rlhf_recipes.comparison import harness, reward_bench, texts, wins
 from rlhf_recipes.comparison.answers import KL_TO_SFT, Answers, RunModels
 from rlhf_recipes.comparison.judges import Judge, truth_is_known
 from rlhf_recipes.comparison.policies import CATEGORY, Compared, best_of_kl, best_of_name, text
-from rlhf_recipes.evaluation import GOLD, Interval
+from rlhf_recipes.evaluation import GOLD, Interval, Rate
 from rlhf_recipes.runs import disk
 
 SCHEMA = 1
@@ -47,9 +47,7 @@ def gather(
             "seed": cfg.seed,
         },
         "policies": found,
-        "win_rates": win_rates(
-            answers, compared.baseline, judges, [row.get(CATEGORY) for row in asked], each, cfg.seed
-        ),
+        "win_rates": win_rates(answers, compared.baseline, judges, [row.get(CATEGORY) for row in asked], each),
         "best_of_n": best_of_n(found, compared.best_of),
     }
 
@@ -80,7 +78,6 @@ def win_rates(
     judges: Sequence[Judge],
     categories: Sequence[str | None],
     samples: int,
-    seed: int,
 ) -> list[dict[str, Any]]:
     """Each policy against the baseline by each judge.
 
@@ -93,7 +90,9 @@ def win_rates(
             if name == baseline:
                 continue
             verdicts = judge.verdicts(policy, answers[baseline])
-            longer = [a - b for a, b in zip(policy.lengths, answers[baseline].lengths, strict=True)]
+            # in characters: models may have different tokenizers
+            pairs = zip(policy.made, answers[baseline].made, strict=True)
+            longer = [len(a.completion) - len(b.completion) for a, b in pairs]
             decided = [verdict for verdict in verdicts if verdict is not None]
             found.append(
                 {
@@ -101,26 +100,27 @@ def win_rates(
                     "baseline": baseline,
                     "judge": judge.name,
                     "evidence": judge.evidence,
-                    "win_rate": wins.win_rate(verdicts, samples, seed),
-                    "without_ties": wins.win_rate([None if v == 0.5 else v for v in verdicts], samples, seed),
-                    "length_controlled": wins.length_controlled(verdicts, longer, samples, seed),
+                    "win_rate": wins.win_rate(verdicts, samples),
+                    "without_ties": wins.win_rate([None if v == 0.5 else v for v in verdicts], samples),
+                    "length_controlled": wins.length_controlled(verdicts, longer, samples),
+                    "not_controlled": wins.why_not_controlled(verdicts, longer),
                     "ties": decided.count(0.5) / len(decided) if decided else None,
                     "prompts": len(categories),
                     "failed": len(verdicts) - len(decided),
-                    "categories": _by_category(verdicts, categories, samples, seed),
+                    "categories": _by_category(verdicts, categories, samples),
                 }
             )
     return found
 
 
 def _by_category(
-    verdicts: Sequence[float | None], categories: Sequence[str | None], samples: int, seed: int
-) -> dict[str, wins.Rate | None]:
+    verdicts: Sequence[float | None], categories: Sequence[str | None], samples: int
+) -> dict[str, Rate | None]:
     members: dict[str, list[float | None]] = defaultdict(list)
     for number, category in enumerate(categories):
         if category is not None:
             members[category] += verdicts[number * samples : (number + 1) * samples]
-    return {category: wins.win_rate(of, samples, seed) for category, of in members.items()}
+    return {category: wins.win_rate(of, samples) for category, of in members.items()}
 
 
 def best_of_n(found: Mapping[str, Mapping[str, Interval]], wanted: Sequence[int]) -> list[dict[str, Any]]:
@@ -180,6 +180,8 @@ def tell(metrics: Mapping[str, Any]) -> str:
     policies = metrics["policies"]
     shown = [c for c in COLUMNS if any(c in of for of in policies.values())]
     parts = [figures.table([{"policy": name} | {c: of.get(c) for c in shown} for name, of in policies.items()])]
+    if mark := figures.few(metrics["prompts"]["count"]):
+        parts.append(f"Rough intervals{mark}")
     rows = [
         {
             f"against {metrics['baseline']}": f"{row['policy']} *" if not row["evidence"] else row["policy"],
@@ -197,6 +199,10 @@ def tell(metrics: Mapping[str, Any]) -> str:
     if any(not row["evidence"] for row in metrics["win_rates"]):
         parts.append("* by the reward model that training optimised: no evidence")
     for row in metrics["win_rates"]:
+        if row["not_controlled"]:
+            parts.append(
+                f"- {row['policy']}, {row['judge']}: no win rate at equal length, since {row['not_controlled']}"
+            )
         if row["failed"] > FAILED * row["prompts"] * metrics["prompts"]["samples"]:
             parts.append(
                 f"! {row['judge']} gave no verdict on {row['failed']} answers of {row['policy']}: they count neither "
@@ -221,5 +227,8 @@ def _reward_model(found: Mapping[str, Any]) -> str:
     return ", ".join(parts) + ("\n" + figures.table(rows) if rows else "")
 
 
-def _percent(rate: Sequence[float] | None) -> str | None:
-    return None if rate is None else f"{rate[0]:.0%} [{rate[1]:.0%}, {rate[2]:.0%}]"
+def _percent(rate: Rate | None) -> str | None:
+    if rate is None:
+        return None
+    ends = f" [{rate.low:.0%}, {rate.high:.0%}]" if rate.prompts > 1 else ""
+    return f"{rate.mean:.0%}{ends}{figures.few(rate.prompts)}"

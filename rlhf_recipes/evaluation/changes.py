@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes import data, world
-from rlhf_recipes.evaluation.intervals import GOLD, Interval, summarize
+from rlhf_recipes.evaluation.intervals import GOLD, RATES, Interval, summarize
 from rlhf_recipes.evaluation.measures import kl, rewards
 from rlhf_recipes.evaluation.sampling import sample
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Roles
@@ -71,7 +71,9 @@ def changes(
     if len(values) > 1:
         first, *_, last = values.values()
         values["change"] = {name: _differences(first[name], last[name]) for name in last}
-    return Changes({name: summarize(measured, options.samples) for name, measured in values.items()}, samples)
+    rates = {name: () if name == "change" else RATES for name in values}  # differences may be negative
+    found = {name: summarize(measured, options.samples, rates[name]) for name, measured in values.items()}
+    return Changes(found, samples)
 
 
 def _differences(before: Sequence[float | None], after: Sequence[float | None]) -> list[float | None]:

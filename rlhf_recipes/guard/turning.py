@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import comb
-from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
@@ -70,11 +70,11 @@ class History:
             self.best, self.reference = point, list(scores)
         if best is None or _lower(point.reward, best.reward):
             return None
-        known = [(before, now) for before, now in zip(reference, scores, strict=True) if None not in (before, now)]
-        falls = [before - now for before, now in known]  # type: ignore[operator]
+        falls = np.array(reference, dtype=float) - np.array(scores, dtype=float)  # None becomes NaN
+        falls = falls[~np.isnan(falls)]
         if len(falls) < PROMPTS:
             return None
-        fall, error = fmean(falls), stdev(falls) / len(falls) ** 0.5
+        fall, error = float(falls.mean()), float(falls.std(ddof=1)) / len(falls) ** 0.5
         surely = fall - critical(self.looks, len(falls)) * error
         if surely <= 0 or fall - critical(2, len(falls)) * error <= self.tolerance:
             return None

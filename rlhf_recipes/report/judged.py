@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from rlhf_recipes.figures import number
+from rlhf_recipes.figures import few, number
 from rlhf_recipes.report import plots
 from rlhf_recipes.report.content import Block, Plot, Plots, Row, Table, Text
 from rlhf_recipes.report.palette import hue, step
@@ -41,11 +41,12 @@ def win_rates(found: Sequence[Mapping[str, Any]], baseline: object) -> list[Bloc
     for duel in found:
         evidence = duel.get("evidence", True)
         against = str(duel.get("baseline", baseline))
-        rates = [_rate(duel.get(key)) for key in ("win_rate", "length_controlled")]
+        shown = ("win_rate", "length_controlled")
+        rates = [_rate(duel.get(key)) for key in shown]
         judge = f"{duel.get('judge', '-')}{'' if evidence else ' (no evidence)'}"
-        cells = [str(duel.get("policy", "-")), against, judge, *map(_percent, rates)]
+        cells = [str(duel.get("policy", "-")), against, judge, *(_percent(duel.get(key)) for key in shown)]
         ties = finite(duel.get("ties"))
-        cells += ["-" if ties is None else f"{100 * ties:.1f}", _percent(_rate(duel.get("without_ties")))]
+        cells += ["-" if ties is None else f"{100 * ties:.1f}", _percent(duel.get("without_ties"))]
         cells += [number(duel.get("prompts")), number(duel.get("failed"))]
         rows.append(Row(cells, hue(cells[0]), muted=not evidence))
         if rates[0]:
@@ -54,6 +55,8 @@ def win_rates(found: Sequence[Mapping[str, Any]], baseline: object) -> list[Bloc
     columns = ["policy", "against", "judge", "wins, %", "length-controlled, %", "ties, %", "wins without ties, %"]
     columns += ["prompts", "failed"]
     note = "A tie counts as half. In brackets the 95% interval."
+    for why in dict.fromkeys(why for duel in found if (why := duel.get("not_controlled"))):
+        note += f" No length-controlled rate where {why}."
     if any(row.muted for row in rows):
         note += " No evidence (grey): PPO was trained to please this judge, so its wins do not show better answers."
     blocks: list[Block] = [Text("", "Win rates"), Table(columns, rows, left=3, note=note)]
@@ -65,16 +68,20 @@ def win_rates(found: Sequence[Mapping[str, Any]], baseline: object) -> list[Bloc
 
 
 def _rate(value: object) -> tuple[float, float, float] | None:
-    """A share with the ends of its interval, as metrics hold it."""
+    """A share with the ends of its interval, as metrics hold it; of one prompt, which has none, they are the share."""
     match value:
-        case [mean, low, high] if (known := finite(mean)) is not None:
+        case [mean, low, high, *_] if (known := finite(mean)) is not None:
             ends = [finite(end) for end in (low, high)]
             return known, known if ends[0] is None else ends[0], known if ends[1] is None else ends[1]
     return None
 
 
-def _percent(rate: tuple[float, float, float] | None) -> str:
-    return "-" if rate is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * end for end in rate))
+def _percent(value: Any) -> str:
+    rate = _rate(value)
+    if rate is None:
+        return "-"
+    ends = " ({:.1f} to {:.1f})".format(*(100 * end for end in rate[1:])) if value[1] is not None else ""
+    return f"{100 * rate[0]:.1f}{ends}{few(value[3]) if len(value) > 3 else ''}"
 
 
 def _hundredfold(mark: plots.Mark) -> plots.Mark:
