@@ -1,6 +1,8 @@
 """Where PPO's reward comes from: a reward model, Python functions, an HTTP endpoint, or a weighted mix of them."""
 
 import asyncio
+import contextlib
+import functools
 import glob
 import importlib
 import importlib.util
@@ -8,13 +10,15 @@ import inspect
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +43,10 @@ EXAMPLE = """def brevity(completions, **kwargs):
     return [-len(completion) / 100 for completion in completions]"""
 SECRET = re.compile(r"key|token|secret|pass|pwd|auth|sig|sas|code|credential", re.IGNORECASE)
 """Names in the query of an address whose values are not shown."""
+RESUME = (
+    "Nothing that was saved is lost: run the command again to resume from the last checkpoint (in a script: "
+    "trainer.train(resume_from_checkpoint=True))"
+)
 RETRIES, FIRST_WAIT, TIMEOUT = 3, 1.0, 60.0  # of an endpoint; seconds
 
 
@@ -176,12 +184,12 @@ def function(path: str) -> RewardFunction:
 
 
 def called(function: RewardFunction, made: "Sequence[Sample]") -> list[float | None]:
-    """The scores of samples by a reward function, called as TRL calls it; it may be a coroutine. NaN is None: no score.
+    """The scores of samples by a reward function, called as TRL calls it; it may be a coroutine.
 
     Raises:
-        UserError: not as many scores as samples.
+        UserError: as `checked`.
     """
-    scores: Any = function(
+    scores: Any = checked(function)(
         prompts=[s.prompt for s in made],
         completions=[
             s.completion if isinstance(s.prompt, str) else [{"role": "assistant", "content": s.completion}]
@@ -189,13 +197,80 @@ def called(function: RewardFunction, made: "Sequence[Sample]") -> list[float | N
         ],
         completion_ids=[s.completion_ids for s in made],
     )
-    found = list(asyncio.run(scores) if inspect.iscoroutine(scores) else scores)
-    name = getattr(function, "__name__", function)
-    if len(found) != len(made):
-        raise UserError(f"the reward function {name} gave {len(found)} scores for {len(made)} completions")
-    if undefined := sum(score is not None and score != score for score in found):
-        logger.warning("%s gave NaN for %s of %s completions: they count as not scored", name, undefined, len(made))
-    return [None if score is None or score != score else float(score) for score in found]
+    return list(asyncio.run(scores) if inspect.iscoroutine(scores) else scores)
+
+
+def checked(function: RewardFunction) -> RewardFunction:
+    """The function, whose own error or wrong answer becomes one plain message; a coroutine function stays one.
+
+    Raises:
+        UserError: when it is called, if it raises, or returns anything but one number or None for each completion.
+    """
+    inner: Any = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    name = getattr(inner, "__name__", type(inner).__name__)
+    code = getattr(inspect.unwrap(inner), "__code__", None) or getattr(type(inner).__call__, "__code__", None)
+    file = getattr(code, "co_filename", "")  # whose lines are the user's own
+
+    @contextlib.contextmanager
+    def told(arguments: dict[str, Any]) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{_place(name, arguments)}raised {_said(error, file)}. {RESUME}") from error
+
+    def numbers(scores: Any, arguments: dict[str, Any]) -> list[float | None]:
+        scores = list(scores) if hasattr(scores, "__iter__") and not isinstance(scores, str) else scores
+        if wrong := _wrong(scores, arguments["completions"]):
+            raise UserError(f"{_place(name, arguments)}returned {wrong}. {RESUME}")
+        return [None if score is None else float(score) for score in scores]
+
+    async def later(**arguments: Any) -> list[float | None]:
+        with told(arguments):
+            return numbers(await waiting(**arguments), arguments)
+
+    def at_once(**arguments: Any) -> list[float | None]:
+        with told(arguments):
+            return numbers(function(**arguments), arguments)
+
+    waiting: Any = function
+    waits = inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
+    wrapper: Any = later if waits else at_once
+    wrapper.__name__ = name  # by which TRL logs it
+    return wrapper
+
+
+def _place(name: str, arguments: dict[str, Any]) -> str:
+    """Which function, and at which step of a training."""
+    state = arguments.get("trainer_state")
+    return f"reward function `{name}` " + ("" if state is None else f"at step {state.global_step} ")
+
+
+def _said(error: Exception, file: str) -> str:
+    """An error with the innermost line of the function's own file that it came through."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    said = f"{type(error).__name__}: {error}"
+    if lines:
+        return f"{said} ({os.path.relpath(file)}:{lines[-1]})"
+    if isinstance(error, TypeError):  # Python's, at the call
+        return f"{said} (it is given prompts, completions, completion_ids, all columns of the data and more: **kwargs)"
+    return said
+
+
+def _wrong(scores: Any, completions: Sequence[Any]) -> str | None:
+    """What is wrong with what a reward function returned, and what is wanted; None if nothing is."""
+    want = f"want a list of {len(completions)} numbers, or None where there is no score"
+    if not isinstance(scores, list):
+        return f"{scores!r:.80}; {want}"
+    if len(scores) != len(completions):
+        return f"{len(scores)} scores for {len(completions)} completions; {want}"
+    for score, completion in zip(scores, completions, strict=True):
+        if score is not None and not hasattr(score, "__float__"):
+            return f"{score!r:.80} for the completion {completion!r:.200}; {want}"
+    return None
 
 
 def mark(folder: Path) -> str:
@@ -242,8 +317,7 @@ def endpoint(url: str) -> RewardFunction:
                     if isinstance(error, urllib.error.HTTPError):
                         said = f" ({error.read(200).decode(errors='replace')})"
                     raise UserError(
-                        f"the reward endpoint {url} failed {attempts} times: {error}{said}. Nothing is lost: run the "
-                        "command again to resume from the last checkpoint."
+                        f"the reward endpoint {url} failed {attempts} times: {error}{said}. {RESUME}"
                     ) from error
             time.sleep(FIRST_WAIT * 2 ** (attempts - 1))
 

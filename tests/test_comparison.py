@@ -561,7 +561,7 @@ def test_a_judge_that_scores_no_answer_of_a_policy_is_refused(nothing):
         judges.Scores("s", {"a": [1.0, 2.0], "b": [nothing] * 2})
 
 
-@pytest.mark.parametrize(("body", "told"), [("1 / 0", "ZeroDivisionError"), ("[1.0]", "gave 1 scores for 2")])
+@pytest.mark.parametrize(("body", "told"), [("1 / 0", "ZeroDivisionError"), ("[1.0]", "returned 1 scores for 2")])
 def test_a_function_that_fails_is_told(tmp_path, body, told):
     found = {"a": answers("a", [("p", "one two three"), ("p", "one")])}
     with pytest.raises(UserError, match=told):

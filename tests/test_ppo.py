@@ -519,11 +519,51 @@ def test_rewards_of_a_model_and_functions_add_up_by_weight(make_trainer, reward_
     assert entry["reward"] == pytest.approx(parts[0] + 0.5 * parts[1] - 2 * parts[2], rel=1e-4)
 
 
-def test_an_episode_that_no_function_scores_teaches_nothing(make_trainer, tiny_policy):
-    trainer = make_trainer(reward_funcs=lambda completions, **kw: [None] * len(completions), max_steps=1, beta=0.0)
-    before = weights(trainer, POLICY, VALUE)
+def test_an_episode_that_no_function_scores_teaches_nothing(make_trainer):
+    def first_alone(completions, **kwargs):
+        return [1.0] + [None] * (len(completions) - 1)
+
+    trainer = make_trainer(reward_funcs=first_alone, max_steps=1, beta=0.0)
+    taught = []
+    advantages = trainer._advantages
+    trainer._advantages = lambda *args: taught.append(advantages(*args)) or taught[-1]
     trainer.train()
-    assert not moved(before, weights(trainer, POLICY, VALUE))
+    found = taught[-1][0] if isinstance(taught[-1], tuple) else taught[-1]
+    assert found["advantages"][0].any() and not found["advantages"][1:].any()
+    torch.testing.assert_close(found["returns"][1:], found["values"][1:])
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+def test_a_rollout_batch_or_evaluation_without_a_single_score_is_refused(make_trainer, prompts, nothing):
+    def late(completions, trainer_state, **kwargs):
+        return [nothing if trainer_state.global_step >= 2 else 1.0] * len(completions)
+
+    with pytest.raises(UserError, match=r"no completion got a score at step 2: `late` gave None or NaN .*run the com"):
+        make_trainer(reward_funcs=late).train()
+    trainer = make_trainer(reward_funcs=late, eval_dataset=prompts.select(range(8)))
+    assert trainer.evaluate()["eval_reward"] == 1
+    trainer.state.global_step = 2
+    with pytest.raises(UserError, match="no completion got a score at step 2"):
+        trainer.evaluate()
+
+
+def failing(completions, trainer_state, **kwargs):
+    return [1 / (1 - trainer_state.global_step // 2)] * len(completions)
+
+
+async def failing_later(completions, trainer_state, **kwargs):
+    return failing(completions, trainer_state)
+
+
+@pytest.mark.parametrize("function", [failing, failing_later, partial(failing, more=1)])
+def test_a_reward_function_that_raises_is_told_with_its_own_line_the_step_and_how_to_resume(make_trainer, function):
+    line = failing.__code__.co_firstlineno + 1
+    name = "failing_later" if function is failing_later else "failing"
+    told = (
+        rf"^reward function `{name}` at step 2 raised ZeroDivisionError: division by zero \(.*test_ppo.py:{line}\)\. "
+    )
+    with pytest.raises(UserError, match=told + r".*resume_from_checkpoint=True"):
+        make_trainer(reward_funcs=function).train()
 
 
 # ---- the course of training

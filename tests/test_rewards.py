@@ -412,3 +412,54 @@ def test_waits_grow(server, monkeypatch):
 def test_what_is_no_http_address_is_refused_plainly(url):
     with pytest.raises(UserError, match="http"):
         from_config(ppo("reward=url", f"reward.url={url}"), None).functions[0](prompts=["p"], completions=["c"])
+
+
+# ---- what a function may return
+
+
+def told_of(function, completions=("a", "b"), **kwargs):
+    with pytest.raises(UserError) as refused:
+        rewards.checked(function)(prompts=["p"] * len(completions), completions=list(completions), **kwargs)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ([1.0], "returned 1 scores for 2 completions; want a list of 2 numbers, or None where there is no score"),
+        (["good", "bad"], "returned 'good' for the completion 'a'; want a list of 2 numbers"),
+        ([1.0, [2.0]], r"returned [2.0] for the completion 'b'; want"),
+        (None, "returned None; want a list of 2 numbers"),
+        ("12", "returned '12'; want a list of 2 numbers"),
+        (3.0, "returned 3.0; want a list of 2 numbers"),
+    ],
+)
+def test_a_function_that_returns_anything_but_a_number_or_none_for_each_completion_is_told(answer, told):
+    def score(**kwargs):
+        return answer
+
+    assert told_of(score).startswith(f"reward function `score` {told}")
+    assert "run the command again to resume from the last checkpoint" in told_of(score)
+
+
+def test_numbers_of_any_library_and_generators_are_taken():
+    import numpy as np
+    import torch
+
+    for answer in ([1, None], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0]), (x for x in (True, 0.5))):
+        scores = rewards.checked(lambda answer=answer, **kwargs: answer)(prompts=[], completions=["a", "b"])
+        assert [type(score) for score in scores] in ([float, float], [float, type(None)])
+
+
+def test_a_function_that_raises_is_told_with_its_own_line_wherever_the_error_came_from(folder):
+    (folder / "parsing.py").write_text("import json\n\ndef parse(completions, **kwargs):\n    return json.loads('{')\n")
+    told = told_of(function("parsing.py:parse"))
+    assert told.startswith("reward function `parse` raised JSONDecodeError: Expecting property name")
+    assert "(parsing.py:4)" in told
+
+
+def test_a_function_that_does_not_take_what_it_is_given_is_told_what_that_is():
+    def score(completions):
+        return completions
+
+    assert "completion_ids, all columns of the data and more: **kwargs)" in told_of(score)

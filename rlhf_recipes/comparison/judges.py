@@ -100,7 +100,10 @@ def after_answers(cfg: DictConfig, answers: Mapping[str, Answers], folder: Path)
         judges.append(Scores(FROM_RUN, scores, evidence=False))
     if cfg.judge.function:
         judges.append(
-            Scores(cfg.judge.function, {name: _called(cfg.judge.function, of) for name, of in answers.items()})
+            Scores(
+                cfg.judge.function,
+                {name: rewards.called(rewards.function(cfg.judge.function), of.made) for name, of in answers.items()},
+            )
         )
     if cfg.judge.reward_model:
         judges.append(Scores(cfg.judge.reward_model, _scored(cfg, answers)))
@@ -112,15 +115,6 @@ def after_answers(cfg: DictConfig, answers: Mapping[str, Answers], folder: Path)
 def truth_is_known(cfg: DictConfig) -> bool:
     """Whether the prompts are those of the embedded world, whose truth is known."""
     return cfg.eval.prompts is None and data.is_world(cfg.data)
-
-
-def _called(path: str, answers: Answers) -> list[float | None]:
-    try:
-        return rewards.called(rewards.function(path), answers.made)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"judge.function={path} fails: {type(error).__name__}: {error}") from error
 
 
 def _scored(cfg: DictConfig, answers: Mapping[str, Answers]) -> dict[str, list[float | None]]:

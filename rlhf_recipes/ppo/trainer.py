@@ -48,6 +48,7 @@ from rlhf_recipes.ppo.advantages import (
 from rlhf_recipes.ppo.backends import continuous_batching, cuda_graphs, merged_weights
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rollout import WIDTHS, Rollout
+from rlhf_recipes.rewards import RESUME, checked
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles, check_adapter, disable_dropout
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,7 @@ class PPOTrainer(GRPOTrainer):
         funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs is not None else []
         one = [reward_adapter] if isinstance(reward_adapter, str | Path) else reward_adapter
         adapters = [Path(folder) for folder in one or ()]
+        funcs = [func if isinstance(func, str | nn.Module) else checked(func) for func in funcs]
         if adapters:
             funcs = [self.reward_model, *funcs]
         if isinstance(train_dataset, Sized) and (left := check_batch(len(train_dataset), args.prompts_per_iteration)):
@@ -356,6 +358,8 @@ class PPOTrainer(GRPOTrainer):
             row, function = rewards.isinf().nonzero()[0].tolist()
             name, completion = self.reward_func_names[function], completions[row % len(completions)]
             raise UserError(f"reward `{name}` is {rewards[row, function].item()} for the completion {completion!r}")
+        if self.model.training and rewards.isnan().all():
+            raise self._nothing_scored()
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         scores[rewards.isnan().all(dim=1)] = torch.nan
         own = len(self._rollout.mask)
@@ -708,6 +712,20 @@ class PPOTrainer(GRPOTrainer):
         if self.args.kl_budget is not None and kl and fmean(kl) > self.args.kl_budget:
             self._metrics["eval"]["objective"] = [-math.inf]
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; an evaluation without a single score is an error, before anything is decided by it."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if all(map(math.isnan, self._metrics["eval"]["objective"])):
+            raise self._nothing_scored()
+        return output
+
+    def _nothing_scored(self) -> UserError:
+        names = ", ".join(f"`{name}`" for name in self.reward_func_names)
+        return UserError(
+            f"no completion got a score at step {self.state.global_step}: {names} gave None or NaN for every one, and "
+            f"nothing can be learned from that. {RESUME}"
+        )
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> tuple[None, None, None]:
         """Generate and score; there is no loss to speak of."""
