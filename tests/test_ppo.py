@@ -1,5 +1,6 @@
 """PPOTrainer on a tiny Llama: the claims that a run stands on, most of which would break without an error."""
 
+import math
 import os
 import re
 import socket
@@ -656,6 +657,53 @@ def test_the_sft_loss_keeps_the_policy_at_the_demonstrations(make_trainer, tiny_
     assert losses[1.0] > losses[0.0] + 2
 
 
+def test_the_sft_loss_does_not_depend_on_the_temperature_of_the_sampling(make_trainer, tiny_policy):
+    demonstrations = Dataset.from_list([{"prompt": "w5 w6", "completion": "w7 w8 w9"}] * 4)
+    losses = set()
+    for temperature in (1.0, 0.5):
+        settings = {"ptx_coef": 1.0, "ptx_dataset": demonstrations, "max_steps": 1, "temperature": temperature}
+        trainer = make_trainer(tiny_policy(), **settings)
+        trainer.train()
+        losses.add(round(history(trainer, "ptx_loss")[0], 5))
+    assert len(losses) == 1
+
+
+@pytest.mark.parametrize("name", ["top_p", "min_p", "repetition_penalty"])
+def test_what_samples_from_another_distribution_is_warned_of_by_name(make_trainer, caplog, name):
+    make_trainer(**{name: 0.5})
+    assert f"{name}=0.5: completions are sampled from another distribution than the policy's" in caplog.text
+
+
+def test_rollouts_do_not_obey_the_models_own_generation_config(make_trainer, tiny_policy):
+    """Real models come with one: `min_p` or a ban on repetitions there would cut what the policy is scored by."""
+    prompts, sampled = [[5, 6, 7]] * 4, []
+    for own in ({}, {"min_p": 0.9, "no_repeat_ngram_size": 1, "suppress_tokens": [5, 6], "top_k": 1}):
+        model = tiny_policy()
+        model.get_base_model().generation_config.update(**own)
+        trainer = make_trainer(model)
+        torch.manual_seed(0)
+        sampled.append(trainer._generate_single_turn(prompts, None, {}, 1)[0])
+        assert model.get_base_model().generation_config.min_p == own.get("min_p"), "the model keeps its own"
+    assert sampled[0] == sampled[1]
+
+
+def test_over_the_kl_budget_callbacks_and_the_choice_of_the_best_see_no_objective(make_trainer, prompts):
+    seen = []
+
+    class Seen(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append(metrics["eval_objective"])
+
+    trainer = make_trainer(
+        eval_dataset=prompts.select(range(8)), eval_on_start=True, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, load_best_model_at_end=True, kl_budget=1e-6, max_steps=2,
+    )  # fmt: skip
+    trainer.add_callback(Seen())
+    trainer.train()
+    assert seen[0] > 0 and seen[1] == -math.inf == history(trainer, "eval_objective")[1]
+    assert trainer.state.best_metric == -math.inf
+
+
 def test_held_out_prompts_are_scored_with_the_same_noise_and_the_best_checkpoint_is_kept(make_trainer, prompts):
     trainer = make_trainer(
         eval_dataset=prompts.select(range(16)), eval_strategy="steps", eval_steps=2, save_strategy="steps",
@@ -1029,6 +1077,13 @@ def test_conversational_prompts_are_rendered_by_the_chat_template(make_trainer, 
         ({"learning_rate": float("inf")}, "learning_rate=inf must be finite"),
         ({"temperature": 0.0, "kl_horizon": 0}, "temperature=0.0 must be above 0; kl_horizon=0 must be at least 1"),
         ({"cliprange_value": -0.2}, "cliprange_value=-0.2 must be above 0"),
+        ({"generation_kwargs": {"top_p": 0.5}}, "generation_kwargs: top_p is an option of its own, top_p"),
+        ({"generation_kwargs": {"max_new_tokens": 5}}, "an option of its own, max_completion_length"),
+        (
+            {"generation_kwargs": '{"no_repeat_ngram_size": 2}'},
+            "no_repeat_ngram_size may sample from another distribution .*; what can be given is prefill_chunk_size, ",
+        ),
+        ({"value_init": "nowhere"}, "value_init=nowhere: there is no adapter_model.safetensors in such a folder; want"),
         ({"max_completion_length": None}, "max_completion_length=None must be a number of tokens"),
         ({"kl_target": 1.0, "beta": 0.0}, "kl_target needs a beta above 0"),
         ({"neftune_noise_alpha": 5.0, "data_seed": 3}, "neftune_noise_alpha=5.0 has no meaning in PPO: .*use seed"),
@@ -1108,6 +1163,12 @@ def test_an_adapter_without_a_head_is_no_reward_model(make_trainer, tiny_policy,
     tiny_policy().save_pretrained(tmp_path / "sft")
     with pytest.raises(UserError, match="no scalar head: it is no reward model"):
         make_trainer(reward_adapter=tmp_path / "sft")
+
+
+def test_a_policy_is_no_critic(make_trainer, tiny_policy, tmp_path):
+    tiny_policy().save_pretrained(tmp_path / "sft")
+    with pytest.raises(ValueError, match=r"value_init=.*sft: an adapter without a scalar head is no critic; want"):
+        make_trainer(value_init=str(tmp_path / "sft"))
 
 
 def test_ptx_needs_demonstrations(make_trainer):

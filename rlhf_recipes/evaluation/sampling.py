@@ -95,7 +95,7 @@ def sample(
             prefill_chunk_size=prefill_chunk(len(batch), width, base.device.type),
         )
         noise = RowNoise([row_seed for *_, row_seed in batch], base.device)
-        with _generating_by(base, config):
+        with generating_by(base, config):
             sequences = base.generate(
                 input_ids=padded.input_ids,
                 attention_mask=padded.attention_mask,
@@ -116,7 +116,7 @@ def _seed(*numbers: int) -> int:
 
 
 @contextmanager
-def _generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Put a config in the place of the model's own: `generate` fills what it is not given from that one."""
     own, model.generation_config = model.generation_config, config
     try:

@@ -1,12 +1,15 @@
 """Arguments of PPO: TRL's GRPOConfig with PPO's own added, and what means nothing in PPO refused."""
 
+import json
 import math
 import os
 from dataclasses import MISSING, Field, dataclass, field, fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
@@ -14,7 +17,10 @@ from trl import GRPOConfig
 from rlhf_recipes.config import ranges
 from rlhf_recipes.config.options import NOT_IN_PPO, VLLM_IS_MISSING
 from rlhf_recipes.ensembles import ENSEMBLES
+from rlhf_recipes.roles import ADAPTER_FILE, HEAD_KEY
 
+WITHOUT_EFFECT = ("prefill_chunk_size", "use_cache", "cache_config", "disable_compile", "compile_config")
+"""What generation_kwargs may hold: nothing that changes what is sampled."""
 EPISODES = 128
 """At least so many make a rollout batch, where nothing else is said."""
 
@@ -282,6 +288,16 @@ def _default(option: Field[Any]) -> Any:
     return option.default if option.default_factory is MISSING else option.default_factory()
 
 
+def _no_critic(folder: Path) -> str | None:
+    """Why a folder holds no critic; None if it does."""
+    file = folder / ADAPTER_FILE
+    if not file.exists():
+        return f"there is no {ADAPTER_FILE} in such a folder"
+    with safe_open(file, framework="pt") as tensors:
+        names = tensors.keys()
+    return None if HEAD_KEY in names else "an adapter without a scalar head is no critic"
+
+
 def _faults(args: PPOConfig) -> list[str]:
     """What is wrong with the values, in words."""
     found = [
@@ -306,6 +322,19 @@ def _faults(args: PPOConfig) -> list[str]:
         found.append(
             f"num_train_epochs={args.num_train_epochs!r} does nothing while max_steps={args.max_steps} decides; set "
             "max_steps=-1"
+        )
+    given = json.loads(args.generation_kwargs) if isinstance(args.generation_kwargs, str) else args.generation_kwargs
+    for name in sorted({*(given or {})} - {*WITHOUT_EFFECT}):
+        own = "max_completion_length" if name == "max_new_tokens" else name
+        found.append(
+            f"generation_kwargs: {name} is an option of its own, {own}"
+            if own in args.__dataclass_fields__
+            else f"generation_kwargs: {name} may sample from another distribution than the policy's, and ratio and KL "
+            f"would be wrong; what can be given is {', '.join(WITHOUT_EFFECT)}"
+        )
+    if args.value_init not in ("reward", "sft") and (wrong := _no_critic(Path(args.value_init))):
+        found.append(
+            f"value_init={args.value_init}: {wrong}; want `reward`, `sft` or a folder such as runs/<run>/ppo/value"
         )
     if args.kl_target is not None and args.beta == 0:
         found.append("kl_target needs a beta above 0 to start from: an adaptive coefficient only scales it")

@@ -33,6 +33,7 @@ from rlhf_recipes.data.formats import render
 from rlhf_recipes.data.lengths import check_batch
 from rlhf_recipes.ensembles import Ensemble, spread
 from rlhf_recipes.errors import UserError
+from rlhf_recipes.evaluation.sampling import generating_by
 from rlhf_recipes.portions import prefill_chunk
 from rlhf_recipes.ppo.advantages import (
     KLController,
@@ -148,10 +149,13 @@ class PPOTrainer(GRPOTrainer):
         self.aux_loss_enabled = False  # that of a mixture of experts: its routers are frozen, as all of the base is
         if args.use_vllm:
             self.vllm_generation._iter_named_params = functools.partial(merged_weights, self.model)
-        if args.top_p < 1 or args.top_k > 0 or args.min_p:
+        changed = {"top_p": args.top_p < 1, "top_k": args.top_k > 0, "min_p": args.min_p}
+        changed["repetition_penalty"] = args.repetition_penalty != 1
+        if any(changed.values()):
             logger.warning(
-                "top_p, top_k or min_p cut the distribution that completions are sampled from, but the policy is "
-                "scored without the cut: the ratio is biased"
+                "%s: completions are sampled from another distribution than the policy's, which they are scored by: "
+                "the ratio and the KL penalty are biased",
+                ", ".join(f"{name}={getattr(args, name)}" for name, is_set in changed.items() if is_set),
             )
         self.roles = self._assign_roles(adapters)
         self.kl = KLController(beta, args.kl_target, args.kl_horizon)
@@ -221,15 +225,16 @@ class PPOTrainer(GRPOTrainer):
                 return generate(prompt_ids, images, multimodal_fields, *args, **kwargs)
             rows = len(prompt_ids)
             size = self._rollout_batch_size or rows
-            if self.use_transformers_continuous_batching:
-                settings = self.generation_config, self.continuous_batching_config
-                completions, fitted = until_it_fits(
-                    rows, size, lambda size: continuous_batching(self.model, prompt_ids, *settings, size)
-                )
-            else:
-                with cuda_graphs(self.model, self.generation_config) if self.args.cuda_graphs else nullcontext():
-                    chunks, fitted = in_chunks(rows, size, lambda chunk: sample(prompt_ids[chunk]))
-                completions = list(itertools.chain(*chunks))
+            with generating_by(self.model.get_base_model(), self.generation_config):  # not by the model's own
+                if self.use_transformers_continuous_batching:
+                    settings = self.generation_config, self.continuous_batching_config
+                    completions, fitted = until_it_fits(
+                        rows, size, lambda size: continuous_batching(self.model, prompt_ids, *settings, size)
+                    )
+                else:
+                    with cuda_graphs(self.model, self.generation_config) if self.args.cuda_graphs else nullcontext():
+                        chunks, fitted = in_chunks(rows, size, lambda chunk: sample(prompt_ids[chunk]))
+                    completions = list(itertools.chain(*chunks))
         self._rollout_batch_size = None if fitted >= rows else fitted
         return completions, None
 
@@ -292,14 +297,24 @@ class PPOTrainer(GRPOTrainer):
         return results
 
     def _token_logps(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, completion_length: int
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_length: int,
+        *,
+        temperature: float | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and entropies (b, t) of the completion's tokens, under the active adapter.
 
         On a GPU TRL's fused LM head does it without holding the logits. On a CPU that head scores the prompt too, and
         computes everything again in the backward pass; there the model is asked for the completion's logits alone.
+
+        Args:
+            temperature: that of the sampling if None, the only one that TRL's head knows.
         """
-        if self.accelerator.device.type != "cpu":
+        temperature = self.temperature if temperature is None else temperature
+        if self.accelerator.device.type != "cpu" and temperature == self.temperature:
             logps, entropies, _ = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, completion_length, compute_entropy=torch.is_grad_enabled()
             )
@@ -310,7 +325,7 @@ class PPOTrainer(GRPOTrainer):
                 attention_mask,
                 completion_length,
                 model=model,
-                temperature=self.temperature,
+                temperature=temperature,
                 entropy_grad=self._entropy_bonus_enabled,
             )
 
@@ -629,7 +644,7 @@ class PPOTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 states = self.roles.trunk_states(ids, attention_mask)
             with self.roles.trunk_given(states):
-                logps, _ = self._token_logps(model, ids, attention_mask, mask.size(1))
+                logps, _ = self._token_logps(model, ids, attention_mask, mask.size(1), temperature=1.0)
         loss = -(logps * mask).sum() / (inputs["ptx_tokens"] * self._share_of_rollout)
         self._metrics["train"]["ptx_loss"].append(self._mean(loss.detach()) * self.current_gradient_accumulation_steps)
         return self.args.ptx_coef * loss
