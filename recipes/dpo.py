@@ -22,22 +22,23 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     unseen = guard.from_config(cfg, stage.adapter("rm"))
     rows, asked = data.load(cfg.data, "preferences", cfg.seed), data.heldout_prompts(cfg)
     stage.check_rows(rows)
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
     from rlhf_recipes import evaluation, models
     from rlhf_recipes.backoff import back_off
     from rlhf_recipes.guard.callback import watch
+    from rlhf_recipes.preferences import PairDPOTrainer
     from rlhf_recipes.roles import POLICY, REFERENCE
 
     args = build(DPOConfig, cfg.training, **stage.arguments, **models.precision(cfg))
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
-    terminal.say(data.check_lengths(rows.train, tokenizer, "dpo", args.max_length))
+    parts = {f"{name} pairs": data.comparisons(part, tokenizer) for name, part in rows.parts.items()}
+    (train, test, asked), said = data.fit(parts | {"held-out prompts": asked}, tokenizer, args.max_length)
+    terminal.say(said)
     policy = models.load_policy(cfg, stage.adapter("sft"))
     stage.check_base(models.fingerprint(policy))
 
-    trainer = DPOTrainer(
-        policy, args=args, train_dataset=rows.train, eval_dataset=rows.test, processing_class=tokenizer
-    )
+    trainer = PairDPOTrainer(policy, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
     roles = models.thaw(policy, cfg.trunk, cfg.frozen_top)
     back_off(trainer, pairs=True)
     watched = watch(trainer, roles, tokenizer, cfg, unseen)

@@ -19,19 +19,21 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     rows = data.load(cfg.data, "preferences", cfg.seed)
     stage.check_rows(rows)
-    from trl import RewardConfig, RewardTrainer
+    from trl import RewardConfig
 
     from rlhf_recipes import models, reward_model
     from rlhf_recipes.backoff import back_off
+    from rlhf_recipes.preferences import PairRewardTrainer
 
     args = build(RewardConfig, cfg.training, **stage.arguments, **models.precision(cfg))
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
-    pairs, heldout = (reward_model.tokenize(part, tokenizer) for part in (rows.train, rows.test))
-    terminal.say(data.check_lengths(pairs, tokenizer, "rm", args.max_length))
+    parts = {f"{name} pairs": reward_model.tokenize(part, tokenizer) for name, part in rows.parts.items()}
+    (pairs, heldout), said = data.fit(parts, tokenizer, args.max_length)
+    terminal.say(said)
     model = models.load_reward_model(cfg, stage.adapter("sft"))
     stage.check_base(models.fingerprint(model))
 
-    trainer = RewardTrainer(model, args, train_dataset=pairs, eval_dataset=heldout, processing_class=tokenizer)
+    trainer = PairRewardTrainer(model, args, train_dataset=pairs, eval_dataset=heldout, processing_class=tokenizer)
     models.thaw(model, cfg.trunk, cfg.frozen_top)
     back_off(trainer, pairs=True)
     terminal.progress(trainer, "rm")
@@ -44,7 +46,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     log = trainer.state.log_history
     del trainer, model  # two bases in memory would be one too many
     policy = models.load_policy(cfg, stage.adapter("sft"))
-    figures["scale"] = reward_model.measure_scale(cfg, policy, tokenizer, rows.train, stage.saving)
+    figures["scale"] = reward_model.measure_scale(cfg, policy, tokenizer, pairs, stage.saving)
     stage.finish(figures, log=log)
     terminal.summary(stage, "reward model", figures)
     return figures

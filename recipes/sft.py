@@ -3,7 +3,7 @@
     make sft
     make sft ARGS="run=mine model=qwen2.5-0.5b data=ultrafeedback hardware=12gb lora.r=32"
 
-All layers are trained, by TRL's SFTTrainer with every option of its own: packing, NEFTune, completion-only loss ...
+All layers are trained, by TRL's SFTTrainer with every option of its own: packing, NEFTune, the loss on all tokens ...
 """
 
 from omegaconf import DictConfig
@@ -27,11 +27,15 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     args = build(SFTConfig, cfg.training, **stage.arguments, **models.precision(cfg))
     tokenizer = models.load_tokenizer(cfg.model, rows.train)
-    terminal.say(data.check_lengths(rows.train, tokenizer, "sft", args.max_length))
+    everything = args.completion_only_loss is False
+    parts = {f"{name} rows": data.demonstrations(part, tokenizer, everything) for name, part in rows.parts.items()}
+    texts = "text" in rows.train.column_names
+    (train, test, asked), said = data.fit(parts | {"held-out prompts": asked}, tokenizer, args.max_length, texts)
+    terminal.say(said)
     policy = models.new_adapter(models.load_base(cfg), cfg)
     stage.check_base(models.fingerprint(policy))
 
-    trainer = SFTTrainer(policy, args, train_dataset=rows.train, eval_dataset=rows.test, processing_class=tokenizer)
+    trainer = SFTTrainer(policy, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
     roles = models.thaw(policy, trunk=0)
     back_off(trainer)
     terminal.progress(trainer, "sft")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
+from jinja2 import TemplateError
 from omegaconf import DictConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -29,7 +30,7 @@ from transformers import (
 
 from rlhf_recipes import world
 from rlhf_recipes.config import build
-from rlhf_recipes.data.formats import is_conversational
+from rlhf_recipes.data.formats import end_of_turn, is_conversational
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.roles import POLICY, REWARD, Roles
 from rlhf_recipes.runs import disk
@@ -109,8 +110,12 @@ def precision(cfg: DictConfig) -> dict[str, Any]:
 def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a pad token, an EOS token, and a chat template where the rows are conversations.
 
+    Its EOS is the token that ends an answer there: what the chat template writes after one, where rows are
+    conversations. It is learned, scored and stopped at by it. Padding is another token, where there is one.
+
     Raises:
-        UserError: there is no EOS token and none is set, or a token that is set is not in the vocabulary.
+        UserError: there is no EOS token and none is set, a token that is set is not in the vocabulary, or not the one
+            that the chat template ends an answer with.
     """
     with loading(model):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -123,14 +128,6 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
             faults.append(f"model.{name}={token!r} is not in the vocabulary of {model.name_or_path}")
         elif token is not None:
             setattr(tokenizer, name, token)
-    if tokenizer.eos_token is None and not faults:
-        faults.append(
-            f"the tokenizer of {model.name_or_path} has no EOS token: name one of its tokens by model.eos_token=..."
-        )
-    if faults:
-        raise UserError("; ".join(faults))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if model.chat_template is not None:
         file = Path(model.chat_template)
         is_file = file.suffix in (".jinja", ".j2")
@@ -138,6 +135,28 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
             raise UserError(f"model.chat_template={file}: no such file")
         tokenizer.chat_template = file.read_text() if is_file else model.chat_template
     conversational = any(is_conversational(rows[0].get(key)) for key in ("prompt", "messages"))
+    if conversational and tokenizer.chat_template is not None:
+        try:
+            turn = end_of_turn(tokenizer)
+        except (TemplateError, TypeError) as error:
+            raise UserError(
+                f"the chat template of {model.name_or_path} cannot write a question and its answer ({error}): set "
+                "model.chat_template=<a Jinja file>"
+            ) from error
+        if turn and model.eos_token not in (None, turn):
+            faults.append(
+                f"model.eos_token={model.eos_token!r}, but the chat template of {model.name_or_path} ends an answer "
+                f"with {turn!r}, and no completion would end: leave model.eos_token out, or set model.chat_template"
+            )
+        elif turn and turn != tokenizer.eos_token:
+            logger.info("%s: answers end with %s, which its chat template writes", model.name_or_path, turn)
+            tokenizer.eos_token = turn
+    if tokenizer.eos_token is None and not faults:
+        faults.append(
+            f"the tokenizer of {model.name_or_path} has no EOS token: name one of its tokens by model.eos_token=..."
+        )
+    if faults:
+        raise UserError("; ".join(faults))
     if conversational and tokenizer.chat_template is None:
         logger.warning(
             "%s has no chat template: conversations are written as plain text, `User: ...` and `Assistant: ...` "
@@ -145,7 +164,24 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
             model.name_or_path,
         )
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.pad_token = model.pad_token or unused_token(tokenizer) or tokenizer.eos_token
+    if tokenizer.pad_token == tokenizer.eos_token:
+        logger.warning(
+            "%s: the padding token is the one that ends an answer (%s), so a reward model cannot see whether an answer "
+            "ends (model.pad_token=<another token of the vocabulary>)",
+            model.name_or_path,
+            tokenizer.eos_token,
+        )
     return tokenizer
+
+
+def unused_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A special token that stands in no text, for padding: one that is meant for it, a reserved one, or any other."""
+    written = f"{tokenizer.chat_template} {tokenizer.bos_token} {tokenizer.eos_token}"
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    free = [token for token in special if token not in written]
+    return next((token for word in ("pad", "reserved", "unused", "") for token in free if word in token), None)
 
 
 @contextmanager

@@ -6,13 +6,14 @@ import json
 import logging
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from omegaconf import OmegaConf
 
 from rlhf_recipes import data
+from rlhf_recipes.data.formats import prompt_key
 from rlhf_recipes.errors import UserError
 
 PRESETS = Path(__file__).parents[1] / "conf" / "data"
@@ -133,7 +134,45 @@ def test_rankings_become_pairs_and_both_numbers_are_told(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         both = loaded("preferences", {"path": written(tmp_path / "a.jsonl", rows)})
     assert len(both.train) + len(both.test) == 18
-    assert "18 pairs of 10 rankings (1 with nothing but ties gave none)" in caplog.text
+    assert (
+        "18 pairs of 10 rankings (1 with nothing but ties gave none); "
+        "10 pairs of equal rank or equal text are left out" in caplog.text
+    )
+
+
+def test_short_and_long_rankings_weigh_the_same_and_equal_ones_need_no_weights(tmp_path):
+    def ranked(number, of):
+        return [
+            {"prompt": f"Q{of}.{i}?", "responses": list("abcdefgh"[:of]), "ranking": list(range(of))}
+            for i in range(number)
+        ]
+
+    mixed = loaded("preferences", {"path": written(tmp_path / "a.jsonl", ranked(11, 2) + ranked(11, 8))}, heldout=2)
+    weight = {"2": 0.0, "8": 0.0}
+    for row in mixed.train:
+        weight[row["prompt"][1]] += row["weight"]
+    prompts = {key: len({p for p in column(mixed.train) if p[1] == key}) for key in weight}
+    assert weight["2"] / prompts["2"] == pytest.approx(weight["8"] / prompts["8"])
+    assert sum(weight.values()) == pytest.approx(len(mixed.train))  # the mean is 1: no other learning rate
+    assert "weight" not in mixed.test.column_names
+    alike = loaded("preferences", {"path": written(tmp_path / "b.jsonl", ranked(11, 4))}, heldout=1)
+    assert "weight" not in alike.train.column_names
+
+
+def test_a_column_that_a_reward_calls_weight_is_left_alone(tmp_path):
+    rows = [{"prompt": f"Q{i}?", "weight": i} for i in range(10)]
+    assert "weight" in loaded("prompts", {"path": written(tmp_path / "a.jsonl", rows)}).train.column_names
+
+
+@pytest.mark.parametrize("again", ["a.jsonl", "./b/../a.jsonl", "*.jsonl"])
+def test_a_file_that_is_named_twice_is_refused(tmp_path, monkeypatch, again):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "a.jsonl", pairs(20))
+    (tmp_path / "b").mkdir()
+    message = refused("preferences", [{"path": "a.jsonl"}, {"path": again}])
+    assert f"{tmp_path / 'a.jsonl'} is read twice (by data.preferences[0] and by data.preferences[1])" in message
+    columns = {"chosen": "rejected", "rejected": "chosen"}
+    assert loaded("preferences", [{"path": "a.jsonl"}, {"path": again, "columns": columns}])  # other rows of one file
 
 
 # Presets, with rows written by hand in the shape of the dataset cards.
@@ -300,6 +339,39 @@ def test_a_conversation_is_held_out_with_its_continuations(tmp_path):
     both = loaded("sft", {"path": written(tmp_path / "a.jsonl", short + long)})
     assert len(both.test) == 4
     assert not {r["messages"][0]["content"] for r in both.test} & {r["messages"][0]["content"] for r in both.train}
+
+
+@pytest.mark.parametrize(
+    "dress",
+    [
+        lambda q: {"messages": [{"role": "system", "content": "Be kind."}, *speech(q, "Yes.")]},
+        lambda q: {"prompt": q.replace(" ", "  "), "completion": "Yes."},
+        lambda q: {"prompt": q.upper(), "completion": "Yes."},
+        lambda q: {"prompt": unicodedata.normalize("NFD", q), "completion": "Yes."},
+        lambda q: {"prompt": f"\n\nHuman: {q}\n\nAssistant:", "completion": "Yes."},
+    ],
+    ids=["system", "spaces", "case", "NFD", "transcript"],
+)
+def test_a_held_out_prompt_stays_out_in_another_dress(tmp_path, dress):
+    questions = [f"Is café number {i} open?" for i in range(50)]
+    ranked = [{"prompt": q, "chosen": "Yes.", "rejected": "No."} for q in questions]
+    cfg = {
+        "sft": {"path": written(tmp_path / "a.jsonl", list(map(dress, questions)))},
+        "preferences": {"path": written(tmp_path / "b.jsonl", ranked)},
+        "heldout": 0.2,
+    }
+    sft, preferences = (data.load(cfg, stage, seed=0) for stage in ("sft", "preferences"))
+    keys = [{prompt_key(row) for row in part} for part in (sft.train, preferences.test)]
+    assert len(keys[0]) == 40 and len(keys[1]) == 10 and not keys[0] & keys[1]
+
+
+def test_texts_without_a_prompt_are_said_to_be_unchecked(tmp_path, caplog):
+    cfg = {
+        "sft": {"path": written(tmp_path / "a.jsonl", [{"text": f"Question {i}? Yes."} for i in range(20)])},
+        "preferences": {"path": written(tmp_path / "b.jsonl", pairs(20))},
+    }
+    data.load(cfg, "sft", seed=0)
+    assert "data.sft: `text` rows have no prompt, so it cannot be checked whether they contain prompts" in caplog.text
 
 
 def test_a_test_file_is_held_out_and_its_prompts_leave_training_with_their_number(tmp_path, caplog):
@@ -566,61 +638,105 @@ def test_fewer_prompts_than_a_rollout_batch_are_refused_and_the_last_incomplete_
         data.check_batch(63, 64)
 
 
-def answers(lengths, kind):
-    """Rows with completions of these numbers of bytes, as text or as messages."""
-    rows = [
-        {"prompt": "Q" * (12 if n % 2 else 2), "completion": "a" * n, "chosen": "a" * n, "rejected": "b"}
-        for n in lengths
-    ]
-    if kind == "text":
-        return rows
-    role = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
-    return [{key: [{"role": role[key], "content": text}] for key, text in row.items()} for row in rows]
+# Token ids, as the trainers take them.
 
 
-@pytest.mark.parametrize("kind", ["text", "messages"])
-@pytest.mark.parametrize("recipe", ["sft", "rm", "dpo"])
-def test_lengths_are_counted_as_trl_cuts_and_drops(chatml, kind, recipe):
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
-
-    limit = {"text": 12, "messages": 30}[kind]
-    keys = ["completion"] if recipe == "sft" else ["chosen", "rejected"]
-    rows = Dataset.from_list(answers([1, 2, 3, 8, 9, 10, 11, 40, 41], kind)).select_columns(["prompt", *keys])
-    lengths = data.check_lengths(rows, chatml, recipe, limit)
-
-    config = {"sft": SFTConfig, "rm": RewardConfig, "dpo": DPOConfig}[recipe]
-    trainer = {"sft": SFTTrainer, "rm": RewardTrainer, "dpo": DPOTrainer}[recipe]
-    fields = SimpleNamespace(_tokenizer=chatml, chat_template=None, completion_only_loss=True)  # all that it reads
-
-    def prepared(max_length):
-        args = config(max_length=max_length, use_cpu=True, bf16=False, report_to="none", output_dir="unused")
-        more = (False, None) if recipe == "sft" else ()
-        return trainer._prepare_dataset(fields, rows, chatml, args, *more, "train")
-
-    kept, uncut = prepared(limit), prepared(None)
-    assert lengths.dropped == len(rows) - len(kept) > 0
-    whole = {
-        "sft": lambda row: len(row["input_ids"]),
-        "rm": lambda row: max(len(row["chosen_ids"]), len(row["rejected_ids"])),
-        "dpo": lambda row: len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])),
-    }[recipe]
-    assert lengths.longest == max(map(whole, uncut))
-    assert lengths.cut + lengths.dropped == sum(whole(row) > limit for row in uncut)
+def speech(*said):
+    """A conversation in which user and assistant take turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
 
 
-def test_lengths_say_what_would_happen(chatml):
+def learned(row, tokenizer):
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def test_sft_learns_of_messages_what_it_learns_of_the_same_rows_as_prompt_and_completion(chatml):
     from datasets import Dataset
 
-    rows = Dataset.from_list([{"text": "a" * n} for n in (1, 5, 20)])
-    assert str(data.check_lengths(rows, chatml, "sft", 10)) == (
-        "1 of 3 rows are longer than max_length=10: 1 would be cut (longest: 21 tokens)"
+    whole = speech("Sky?", "It is blue.")
+    rows = Dataset.from_list([{"messages": whole}]), Dataset.from_list([{"prompt": whole[:1], "completion": whole[1:]}])
+    one, other = (data.demonstrations(part, chatml) for part in rows)
+    assert one.to_list() == other.to_list() and one.column_names == ["input_ids", "labels"]
+    assert learned(one[0], chatml) == "It is blue.<|im_end|>"
+
+
+def test_sft_learns_every_turn_of_the_assistant_and_no_other_unless_it_is_asked_to(chatml):
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"messages": speech("Sky?", "Blue.", "Grass?", "Green.")}])
+    assert learned(data.demonstrations(rows, chatml)[0], chatml) == "Blue.<|im_end|>Green.<|im_end|>"
+    everything = data.demonstrations(rows, chatml, prompts_too=True)[0]
+    assert everything["labels"] == everything["input_ids"]
+
+
+def test_dpo_compares_the_assistants_turns_alone(chatml):
+    from datasets import Dataset
+
+    pair = {
+        "prompt": speech("Sky?"),
+        "chosen": speech("", "Blue.", "Sure?", "Yes.")[1:],
+        "rejected": speech("", "No.")[1:],
+    }
+    (row,) = data.comparisons(Dataset.from_list([pair]), chatml)
+    whole = row["prompt_ids"] + row["chosen_ids"]
+    assert chatml.decode([i for i, own in zip(whole, row["chosen_mask"], strict=True) if own]) == (
+        "Blue.<|im_end|>Yes.<|im_end|>"
     )
-    assert str(data.check_lengths(rows, chatml, "sft", None)) == "all 3 rows fit max_length=None (longest: 21 tokens)"
+    assert row["rejected_mask"] == [0] * len(row["prompt_ids"]) + [1] * len("No.") + [1]
 
 
-def test_pairs_that_are_rendered_already_are_counted_as_they_are(chatml):
+def test_trl_trains_on_the_tokens_and_labels_it_is_given(chatml, tiny_llama, tmp_path):
+    """SFTTrainer takes `input_ids` and `labels` as they are, packed or not."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    rows = data.demonstrations(
+        Dataset.from_list([{"messages": speech("Sky?", "Blue.", "Grass?", "Green.")}] * 3), chatml
+    )
+    model = tiny_llama()
+    model.resize_token_embeddings(len(chatml))
+    for packing in (False, True):
+        args = SFTConfig(str(tmp_path), packing=packing, max_length=256, report_to="none", use_cpu=True, bf16=False)
+        given = SFTTrainer(model, args, train_dataset=rows, processing_class=chatml).train_dataset
+        assert [label for row in given for label in row["labels"]] == [label for row in rows for label in row["labels"]]
+
+
+def lengths(*numbers):
     from datasets import Dataset
 
-    rows = Dataset.from_list([{"chosen_ids": [1] * n, "rejected_ids": [1]} for n in (3, 9)])
-    assert data.check_lengths(rows, chatml, "rm", 5).dropped == 1
+    return Dataset.from_list([{"input_ids": [1] * n, "labels": [1] * n} for n in numbers])
+
+
+def test_what_is_too_long_is_left_out_of_every_part_and_counted_in_one_line(chatml):
+    from datasets import Dataset
+
+    pairs = Dataset.from_list([{"prompt_ids": [1], "chosen_ids": [1] * n, "rejected_ids": [1]} for n in (3, 9)])
+    asked = Dataset.from_list([{"prompt": "Q" * n} for n in (9, 10)])  # one byte a token, and one for the answer
+    parts = {"training rows": lengths(1, 10, 11, 50), "pairs": pairs, "held-out prompts": asked, "nothing": None}
+    (train, pairs, asked, nothing), said = data.fit(parts, chatml, 10)
+    assert [len(row["input_ids"]) for row in train] == [1, 10]
+    assert [len(row["chosen_ids"]) for row in pairs] == [3, 9]
+    assert asked["prompt"] == ["Q" * 9] and nothing is None
+    assert said == (
+        "3 of 8 rows are longer than max_length=10 and left out everywhere: 2 training rows, 1 held-out prompts "
+        "(longest: 50 tokens)"
+    )
+
+
+def test_rows_that_fit_stay_as_they_are(chatml):
+    rows = lengths(1, 5)
+    assert data.fit({"training rows": rows}, chatml, 5) == (
+        [rows], "all 2 rows fit max_length=5 (longest: 5 tokens)"
+    )  # fmt: skip
+    assert data.fit({"training rows": rows}, chatml, None)[0] == [rows]
+
+
+def test_texts_have_no_answer_to_lose_and_are_left_to_the_trainer_to_cut(chatml):
+    rows = lengths(1, 50)
+    parts, said = data.fit({"training rows": rows}, chatml, 10, texts=True)
+    assert parts == [rows] and "1 of 2 rows are longer than max_length=10 and cut there" in said
+
+
+def test_nothing_short_enough_is_refused_before_a_model_is_loaded(chatml):
+    with pytest.raises(UserError, match=r"There are no training rows left: raise training\.max_length"):
+        data.fit({"training rows": lengths(20, 30)}, chatml, 10)

@@ -9,11 +9,14 @@ from rlhf_recipes.data.formats import (
     STAGES,
     BadRow,
     convert,
+    end_of_turn,
     example,
     extract_prompt,
     find_form,
     prompt_key,
     render,
+    render_demonstration,
+    render_learned,
     shown,
 )
 
@@ -74,7 +77,8 @@ def test_the_common_beginning_of_two_texts_is_their_prompt():
     ("chosen", "rejected"),
     [
         ("The sky is blue.", "The sky is green."),
-        ("The sky is blue.", "The sky is bright."),
+        ("What color?\nBlue.", "What color?\nGreen."),
+        ("天空是蓝色的", "天空是绿色的"),
         ("abc", "abcd"),
         ("abcd", "abc"),
         ([USER, BLUE], [USER, GREEN]),
@@ -88,6 +92,45 @@ def test_extract_prompt_does_what_trl_does(chosen, rejected):
     assert extract_prompt(chosen, rejected) == of_trl({"chosen": chosen, "rejected": rejected})
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is bright.", "The sky is"),
+        ("It costs 35 euros", "It costs 39 euros", "It costs"),
+        ("Q: is it? It is blue.", "Q: is it? It isn't.", "Q: is it? It"),
+        ("A: (yes)", "A: (yeah)", "A: ("),
+        ("问: 天空是蓝色的", "问: 天空是绿色的", "问: 天空是"),
+    ],
+)
+def test_the_common_beginning_of_two_texts_never_ends_inside_a_word(chosen, rejected, prompt):
+    for stage in ("preferences", "prompts"):
+        (row,) = converted({"chosen": chosen, "rejected": rejected}, stage)
+        assert row["prompt"] == prompt
+    (pair,) = converted({"chosen": chosen, "rejected": rejected}, "preferences")
+    assert (pair["prompt"] + pair["chosen"], pair["prompt"] + pair["rejected"]) == (chosen, rejected)
+
+
+def test_spaces_that_a_text_prompt_ends_in_go_to_its_answers_in_every_stage():
+    """A tokenizer joins them to the word after them: all stages have to agree on where they are."""
+    row = {"prompt": "Q: Sky? A:  ", "completion": "Blue.", "chosen": "Blue.", "rejected": "Green."}
+    assert converted(row, "sft") == [{"prompt": "Q: Sky? A:", "completion": "  Blue."}]
+    assert converted(row, "preferences") == [{"prompt": "Q: Sky? A:", "chosen": "  Blue.", "rejected": "  Green."}]
+    assert converted(row, "prompts") == [{"prompt": "Q: Sky? A:"}]
+    ranked = {"prompt": "Sky? ", "responses": ["Green.", "Blue."], "ranking": [2, 1]}
+    assert converted(ranked, "preferences")[0] | {"weight": 1} == {
+        "prompt": "Sky?", "chosen": " Blue.", "rejected": " Green.", "weight": 1
+    }  # fmt: skip
+    assert converted({"prompt": "Answer:\n", "completion": "Blue."}, "sft")[0]["prompt"] == "Answer:\n"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_rows_with_images_are_refused_by_the_name_of_their_column(stage):
+    row = {"prompt": "What is this?", "completion": "A cat.", "chosen": "A cat.", "rejected": "A dog."}
+    with pytest.raises(BadRow, match="`images` holds a list of 1; the recipes train on text alone"):
+        converted(row | {"images": [b"png"]}, stage)
+    assert converted(row | {"images": [], "image": None}, stage)
+
+
 def test_a_ranking_gives_each_pair_with_different_ranks():
     # 4 responses make 6 pairs; one is a tie (b, c), so 5 are left.
     row = {"prompt": "Sky?", "responses": ["a", "b", "c", "d"], "ranking": [4, 2, 2, 1]}
@@ -98,11 +141,21 @@ def test_a_ranking_gives_each_pair_with_different_ranks():
 def test_a_ranking_of_ties_or_of_one_text_gives_no_pair():
     assert converted({"prompt": "Sky?", "responses": ["a", "b"], "ranking": [1, 1]}, "preferences") == []
     assert converted({"prompt": "Sky?", "responses": ["a", "a"], "ranking": [1, 2]}, "preferences") == []
+    assert converted({"prompt": "Sky?", "responses": ["a", "a "], "ranking": [2, 1]}, "preferences") == []
+
+
+def test_each_pair_of_a_ranking_weighs_one_part_of_all_its_pairs():
+    """InstructGPT's 1 / C(K, 2), so that 2 and 8 responses count alike; a repeated response is no other response."""
+    for number in (2, 3, 8):
+        row = {"prompt": "Sky?", "responses": [str(i) for i in range(number)], "ranking": list(range(number))}
+        assert sum(pair["weight"] for pair in converted(row, "preferences")) == pytest.approx(1)
+    row = {"prompt": "Sky?", "responses": ["a", "a ", "b", "c"], "ranking": [1, 1, 2, 2]}
+    assert [pair["weight"] for pair in converted(row, "preferences")] == [pytest.approx(1 / 3)] * 4
 
 
 def test_ranked_texts_after_a_conversation_become_the_assistants_turns():
     row = {"prompt": [USER], "responses": ["It is green.", "It is blue."], "ranking": [2, 1]}
-    assert converted(row, "preferences") == [{"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]}]
+    assert converted(row, "preferences") == [{"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN], "weight": 1}]
 
 
 @pytest.mark.parametrize(
@@ -141,6 +194,7 @@ def test_ppo_takes_the_prompt_part_of_any_row_and_keeps_the_columns_for_rewards(
         ("sft", {"prompt": [USER], "completion": [USER, BLUE]}, "after `user` comes assistant"),
         ("preferences", {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Blue."}, "are the same"),
         ("preferences", {"chosen": [USER, BLUE], "rejected": [USER, BLUE]}, "are the same"),
+        ("preferences", {"prompt": "Sky?", "chosen": "Blue. ", "rejected": "Blue."}, "are the same"),
         ("preferences", {"chosen": "Blue.", "rejected": "Green."}, "no common beginning"),
         ("preferences", {"chosen": "Blue.", "rejected": [GREEN]}, "but `rejected` is a list of 1"),
         ("preferences", {"prompt": "Sky?", "chosen": "B", "rejected": "G", "margin": "2"}, '`margin` must be a number'),
@@ -173,7 +227,32 @@ def test_a_long_value_is_shown_in_short():
 def test_a_conversation_and_its_continuation_count_as_one_prompt():
     first = prompt_key({"prompt": [USER], "completion": [BLUE]})
     assert first == prompt_key({"messages": [USER, BLUE, MORE, GREEN]}) == prompt_key({"prompt": USER["content"] + " "})
-    assert first != prompt_key({"prompt": [SYSTEM, USER]}) != prompt_key({"prompt": [MORE]})
+    assert first != prompt_key({"prompt": [MORE]})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [SYSTEM, USER]},
+        {"messages": [SYSTEM, USER, BLUE, MORE, GREEN]},
+        {"prompt": "What color  is\nthe sky? "},
+        {"prompt": "WHAT COLOR IS THE SKY?"},
+        {"prompt": "What color is the sky\uff1f"},  # a full-width mark: another form of the same character
+        {"prompt": "\n\nHuman: What color is the sky?\n\nAssistant:"},
+        {"prompt": "Human: What color is the sky?\n\nAssistant: Where?\n\nHuman: Here.\n\nAssistant:"},
+        {"prompt": "Be kind.\n\n### User:\nWhat color is the sky?\n\n### Assistant:\n"},
+        {"prompt": "<|im_start|>user\nWhat color is the sky?<|im_end|>\n<|im_start|>assistant\n"},
+        {"prompt": "<|system|>\nBe kind.</s>\n<|user|>\nWhat color is the sky?<|end|>\n<|assistant|>\n"},
+        {"prompt": [{"role": "user", "content": "User: What color is the sky?"}]},
+    ],
+)
+def test_a_prompt_in_another_dress_is_the_same_prompt(row):
+    assert prompt_key(row) == prompt_key({"prompt": [USER]}) == "what color is the sky?"
+
+
+def test_a_text_that_speaks_of_users_is_not_taken_for_a_transcript():
+    texts = ["Users: how many are there?", "A human is what?", "User guides: why?", "Title: a\nPost: b"]
+    assert [prompt_key({"prompt": text}) for text in texts] == [" ".join(text.casefold().split()) for text in texts]
 
 
 # The rows below are written by hand in the shape that the dataset cards show.
@@ -264,3 +343,37 @@ def test_a_template_that_opens_the_answer_itself_is_cut_where_prompt_and_convers
     prompt_ids, completion_ids = render({"prompt": [USER], "completion": [BLUE]}, chatml)
     assert chatml.decode(prompt_ids).endswith("assistant\n<think>\n")
     assert chatml.decode(completion_ids) == "It is blue.<|im_end|>"
+
+
+def test_a_completion_of_several_turns_is_learned_without_the_users_turns_in_it(chatml):
+    row = {"prompt": [SYSTEM, USER], "chosen": [BLUE, MORE, GREEN]}
+    prompt_ids, ids, learned = render_learned(row, chatml, "chosen")
+    assert (prompt_ids, ids) == render(row, chatml, "chosen")
+    user = "<|im_start|>user\nAnd at night?<|im_end|>\n"
+    assert chatml.decode(ids) == f"It is blue.<|im_end|>\n{user}<|im_start|>assistant\nIt is green.<|im_end|>"
+    assert chatml.decode([i for i, own in zip(ids, learned, strict=True) if own]) == (
+        "It is blue.<|im_end|>It is green.<|im_end|>"
+    )
+
+
+def test_a_template_without_an_end_of_turn_gets_eos_at_the_end_and_learns_no_user_turn(chatml):
+    chatml.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    assert end_of_turn(chatml) is None
+    ids, learned = render_demonstration({"messages": [USER, BLUE, MORE, GREEN]}, chatml)
+    assert chatml.decode([i for i, own in zip(ids, learned, strict=True) if own]) == (
+        "It is blue.\nIt is green.\n<|im_end|>"
+    )
+
+
+def test_an_answer_that_holds_the_end_of_turn_itself_ends_there(chatml):
+    row = {"prompt": [USER], "completion": [{"role": "assistant", "content": "It is blue.<|im_end|>"}]}
+    assert render(row, chatml) == render({"prompt": [USER], "completion": [BLUE]}, chatml)
+
+
+def test_all_of_a_text_is_learned_with_one_eos(chatml):
+    ids, learned = render_demonstration({"text": "The sky is blue."}, chatml)
+    assert (ids, learned) == (chatml("The sky is blue.<|im_end|>")["input_ids"], [True] * len(ids))
+    assert render_demonstration({"text": "The sky is blue.<|im_end|>"}, chatml)[0] == ids

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,9 +55,28 @@ def tokenizer_folder(tmp_path):
     return save
 
 
-def test_a_tokenizer_without_pad_token_pads_with_its_eos(tokenizer, tokenizer_folder):
-    loaded = models.load_tokenizer(tokenizer_folder(tokenizer, pad_token=None), PLAIN_ROWS)
-    assert (loaded.pad_token, loaded.pad_token_id) == ("<eos>", 1)
+@pytest.mark.parametrize("pad_token", [None, "<eos>"])
+def test_what_has_no_pad_token_or_pads_with_its_eos_pads_with_an_unused_special_token(
+    tokenizer, tokenizer_folder, pad_token, caplog
+):
+    loaded = models.load_tokenizer(tokenizer_folder(tokenizer, pad_token=pad_token), PLAIN_ROWS)
+    assert (loaded.pad_token, loaded.pad_token_id) == ("<pad>", 0)
+    assert not caplog.records
+
+
+def test_a_tokenizer_whose_only_special_token_is_eos_pads_with_it_and_says_what_that_hides(
+    gpt2_like, tokenizer_folder, caplog
+):
+    loaded = models.load_tokenizer(tokenizer_folder(gpt2_like), PLAIN_ROWS)
+    assert loaded.pad_token == loaded.eos_token == "<eos>"
+    assert "cannot see whether an answer ends" in caplog.text and "model.pad_token=" in caplog.text
+
+
+def test_padding_takes_a_token_meant_for_it_before_a_reserved_one_and_none_of_the_template(chatml):
+    chatml.add_special_tokens({"extra_special_tokens": ["<|tool|>", "<|reserved_0|>", "<|right_pad_id|>"]})
+    assert models.unused_token(chatml) == "<|right_pad_id|>"
+    chatml.chat_template += "<|right_pad_id|>"
+    assert models.unused_token(chatml) == "<|reserved_0|>"
 
 
 def test_a_pad_token_of_its_own_is_kept(tokenizer, tokenizer_folder):
@@ -75,16 +95,80 @@ def test_a_tokenizer_without_eos_is_refused_with_what_to_set(tokenizer, tokenize
         models.load_tokenizer(cfg, PLAIN_ROWS)
 
 
-def test_a_tokenizer_without_eos_takes_one_that_is_set_and_pads_with_it(tokenizer, tokenizer_folder):
+def test_a_tokenizer_without_eos_takes_one_that_is_set(tokenizer, tokenizer_folder):
     cfg = tokenizer_folder(tokenizer, "model.eos_token=w8", eos_token=None, pad_token=None)
     loaded = models.load_tokenizer(cfg, PLAIN_ROWS)
-    assert (loaded.eos_token_id, loaded.pad_token_id) == (11, 11)
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (11, 0)
 
 
 def test_tokens_that_are_not_in_the_vocabulary_are_all_told_in_one_message(tokenizer, tokenizer_folder):
     cfg = tokenizer_folder(tokenizer, "model.pad_token='[PAD]'", "model.eos_token='</s>'")
     with pytest.raises(UserError, match=r"model.eos_token='</s>' is not in.*model.pad_token='\[PAD\]' is not in"):
         models.load_tokenizer(cfg, PLAIN_ROWS)
+
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# A model's chat template, as TRL keeps it where it does, the EOS of its tokenizer, and what a turn ends with.
+FAMILIES = {
+    "gemma": ("<eos>", "<end_of_turn>"),
+    "phi3": ("<|endoftext|>", "<|end|>"),
+    "qwen2_5": ("<|endoftext|>", "<|im_end|>"),  # of the base, without its preset
+    "qwen3": ("<|endoftext|>", "<|im_end|>"),
+    "llama3": ("<|end_of_text|>", "<|eot_id|>"),
+    "smollm2": ("<|im_end|>", "<|im_end|>"),
+}
+MARKS = ["<bos>", "<start_of_turn>", "<|user|>", "<|assistant|>", "<|start_header_id|>", "<|end_header_id|>"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_ends_in_every_stage_with_the_token_that_the_models_template_ends_it_with(
+    chatml, tokenizer_folder, family
+):
+    """SFT learns it, reward model and DPO read it, sampling stops at it; of a conversation, all of its own turns."""
+    import trl
+
+    from rlhf_recipes import data, reward_model
+
+    eos, turn = FAMILIES[family]
+    file = Path(trl.__file__).parent / "chat_templates" / f"{family}.jinja"
+    chatml.chat_template = SMOLLM2 if family == "smollm2" else file.read_text()
+    chatml.add_special_tokens({"eos_token": eos, "bos_token": "<bos>", "pad_token": "<|pad|>"})
+    chatml.add_special_tokens({"extra_special_tokens": [*MARKS, turn]})
+    whole = [*CHAT, *ANSWER, {"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    rows = Dataset.from_list([{"messages": whole}])
+    tokenizer = models.load_tokenizer(tokenizer_folder(chatml), rows)
+    assert tokenizer.eos_token == turn  # a rollout and a sample stop at it
+
+    think = "<think>\n\n</think>\n\n" if family == "qwen3" else ""  # which that template writes in the last turn
+    (row,) = data.demonstrations(rows, tokenizer)
+    assert tokenizer.decode([t for t in row["labels"] if t != -100]) == f"w3 w4{turn}{think}w6{turn}"
+
+    prompt = Dataset.from_list([{"prompt": whole[:3], "chosen": whole[3:], "rejected": ANSWER}])
+    opening = render_prompt(prompt[0], tokenizer)
+    (compared,), (scored,) = data.comparisons(prompt, tokenizer), reward_model.tokenize(prompt, tokenizer)
+    assert compared["prompt_ids"] == opening and tokenizer.decode(compared["chosen_ids"]) == f"{think}w6{turn}"
+    assert scored["chosen_ids"] == opening + compared["chosen_ids"]
+    assert scored["rejected_ids"] == opening + compared["rejected_ids"]
+    assert row["input_ids"] == scored["chosen_ids"]
+
+
+def test_an_eos_token_that_the_template_never_writes_is_refused(chatml, tokenizer_folder):
+    chatml.add_special_tokens({"extra_special_tokens": ["<|endoftext|>"]})
+    cfg = tokenizer_folder(chatml, "model.eos_token='<|endoftext|>'")
+    with pytest.raises(UserError, match=r"ends an answer with '<\|im_end\|>'.*leave model\.eos_token out"):
+        models.load_tokenizer(cfg, CHAT_ROWS)
+    assert models.load_tokenizer(cfg, PLAIN_ROWS).eos_token == "<|endoftext|>"  # where no template is used
+
+
+def test_a_template_that_cannot_write_an_answer_is_refused(chatml, tokenizer_folder):
+    chatml.chat_template = "{{ raise_exception('no answers here') }}"
+    with pytest.raises(UserError, match=r"cannot write a question and its answer \(no answers here\)"):
+        models.load_tokenizer(tokenizer_folder(chatml), CHAT_ROWS)
 
 
 def test_plain_text_needs_no_chat_template(tokenizer, tokenizer_folder, caplog):
@@ -407,9 +491,10 @@ PAIRS = [{"prompt": f"w{i} w{i + 1}", "chosen": " w3 w4", "rejected": " w7"} for
 
 def trained(kind, cfg, sft, tokenizer, output_dir, checkpointing, trunk=0.5):
     """A model after one step as the recipe takes it, its trainer, and the layers that a gradient reached."""
-    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+    from trl import DPOConfig, RewardConfig
 
-    from rlhf_recipes import reward_model
+    from rlhf_recipes import data, reward_model
+    from rlhf_recipes.preferences import PairDPOTrainer, PairRewardTrainer
 
     options = {
         "output_dir": str(output_dir),
@@ -427,11 +512,11 @@ def trained(kind, cfg, sft, tokenizer, output_dir, checkpointing, trunk=0.5):
     if kind == "rm":
         model = models.load_reward_model(cfg, sft)
         rows = reward_model.tokenize(Dataset.from_list(PAIRS), tokenizer)
-        trainer = RewardTrainer(model, RewardConfig(**options), train_dataset=rows, processing_class=tokenizer)
+        trainer = PairRewardTrainer(model, RewardConfig(**options), train_dataset=rows, processing_class=tokenizer)
     else:
         model = models.load_policy(cfg, sft)
-        rows = Dataset.from_list(PAIRS)
-        trainer = DPOTrainer(model, args=DPOConfig(**options), train_dataset=rows, processing_class=tokenizer)
+        rows = data.comparisons(Dataset.from_list(PAIRS), tokenizer)
+        trainer = PairDPOTrainer(model, DPOConfig(**options), train_dataset=rows, processing_class=tokenizer)
     roles = models.thaw(model, trunk)
     reached = set()
     for i, layer in enumerate(roles.layers):

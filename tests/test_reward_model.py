@@ -163,6 +163,14 @@ def test_the_score_is_read_before_the_eos_where_the_pad_is_the_eos(classifier, p
     assert chosen.tolist() == pytest.approx(alone, rel=1e-3, abs=1e-5)
 
 
+def test_the_score_depends_on_whether_an_answer_ends_where_the_pad_is_another_token(classifier, tokenizer):
+    """Which every tokenizer of a recipe sees to that can: with the EOS as pad both scores are the same."""
+    classifier.config.pad_token_id = tokenizer.pad_token_id
+    ids = Dataset.from_list([{"chosen_ids": [5, 6, 7, tokenizer.eos_token_id], "rejected_ids": [5, 6, 7]}])
+    ended, cut = pair_scores(classifier, ids, tokenizer, batch_size=4)
+    assert (ended - cut).abs().item() > 1e-3
+
+
 def test_accuracy_and_margin_are_those_that_trl_finds(classifier, pairs, tokenizer, tmp_path):
     from trl import RewardConfig, RewardTrainer
 

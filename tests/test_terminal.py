@@ -176,6 +176,7 @@ def test_a_summary_tells_what_where_how_good_how_long_how_large_and_what_next(tm
         stage.finish({}, save=lambda folder: Path(folder, "adapter_model.safetensors").write_bytes(bytes(1_500_000)))
         stage.manifest |= {"seconds": 75.0, "peak_memory": {"rss": 1812, "anonymous": 310}}
         figures = {"loss": 0.52341, "accuracy": (0.671, 0.018), "scale": {"mean": 1.0}, "best": None}
+        figures["reliability"] = [{"confidence": 0.55, "accuracy": 0.5, "pairs": 12}]  # a table, for the report
         changes = Changes(
             {"base": {"gold": Interval(0.1, 0.01)}, "sft": {"gold": Interval(0.671, 0.018)}},
             [

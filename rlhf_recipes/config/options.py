@@ -73,9 +73,13 @@ class Model:
         default=None,
         metadata={"help": "Chat template to use instead of the tokenizer's own: a Jinja file, or its text."},
     )
-    pad_token: str | None = field(default=None, metadata={"help": "Padding token, where the tokenizer has none."})
+    pad_token: str | None = field(
+        default=None,
+        metadata={"help": "Padding token. Default: the tokenizer's own, or another special token where that is EOS."},
+    )
     eos_token: str | None = field(
-        default=None, metadata={"help": "Token that ends an answer, where it is not the own."}
+        default=None,
+        metadata={"help": "Token that ends an answer. Default: the one that the chat template writes, or the EOS."},
     )
 
 
@@ -240,6 +244,9 @@ DECIDED = {
     "training.trust_remote_code": "use model.trust_remote_code",
     "training.chat_template_path": "use model.chat_template",
     "training.eos_token": "use model.eos_token",
+    "training.assistant_only_loss": "of a conversation the assistant's turns alone are learned, whatever the template; "
+    "training.completion_only_loss=false learns all of it",
+    "training.dataset_text_field": "use data.sft.columns.text",
     "training.pad_token": "use model.pad_token",
     "training.trunk": "use trunk",
     "training.frozen_top": "use frozen_top",

@@ -8,18 +8,20 @@
 """
 
 from rlhf_recipes.data.formats import STAGES
-from rlhf_recipes.data.lengths import Lengths, check_batch, check_lengths
+from rlhf_recipes.data.lengths import check_batch, fit
 from rlhf_recipes.data.loading import Loaded, describe, heldout_prompts, load
 from rlhf_recipes.data.sources import Source, is_world, parse
+from rlhf_recipes.data.tokens import comparisons, demonstrations
 
 __all__ = [
     "STAGES",
-    "Lengths",
     "Loaded",
     "Source",
     "check_batch",
-    "check_lengths",
+    "comparisons",
+    "demonstrations",
     "describe",
+    "fit",
     "heldout_prompts",
     "is_world",
     "load",

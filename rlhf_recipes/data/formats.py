@@ -1,10 +1,12 @@
 """TRL's dataset formats row by row: what a good row is, rankings as pairs, and what the model sees of a row."""
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
-from math import isfinite
+from math import comb, isfinite
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width, normalize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +29,9 @@ ANSWERS = ("completion", "messages", "text", "chosen", "rejected", "margin", "re
 
 RENDERING = ("tools", "chat_template_kwargs")
 """Columns that TRL hands to the chat template, kept in every stage."""
+
+IMAGES = ("image", "images")
+"""TRL's columns for pictures, which no recipe reads."""
 
 EXAMPLES: dict[tuple[str, ...], Row] = {
     ("prompt", "completion"): {"prompt": "What color is the sky?", "completion": "It is blue."},
@@ -54,6 +59,11 @@ FOLLOWS = {
     "tool": ("tool", "assistant"),
 }
 """The roles that may come after a role; None is the start of a conversation."""
+
+
+ROLE_MARK = re.compile(r"^[^\w\n]*(?:im_start\|>)?(system|user|human|assistant)(?:[:|>*]+|$)", re.M | re.I)
+"""Where a turn begins in a transcript that is plain text: `Human:`, `### User:`, `<|user|>`, `<|im_start|>user`."""
+CHAT_TOKEN = re.compile(r"<\|[^|<>]*\|>")
 
 
 class BadRow(ValueError):
@@ -109,6 +119,9 @@ def convert(row: Row, form: tuple[str, ...], stage: str) -> list[Row]:
     for key in form:
         if key not in row:
             raise BadRow(f"`{key}` is missing{nearest(key, row)}; keys: {', '.join(map(str, row)) or 'none'}")
+    for key in IMAGES:
+        if row.get(key):
+            raise BadRow(f"`{key}` holds {shown(row[key])}; the recipes train on text alone, and would drop it")
     kept = {key: row[key] for key in RENDERING if row.get(key) is not None}
     match stage, form:
         case "sft", ("messages",):
@@ -117,27 +130,30 @@ def convert(row: Row, form: tuple[str, ...], stage: str) -> list[Row]:
             return [{"text": _text(row["text"], "text")} | kept]
         case "sft", _:
             prompt = _prompt(row["prompt"])
-            return [{"prompt": prompt, "completion": _answer(row["completion"], "completion", prompt)} | kept]
+            completion = _answer(row["completion"], "completion", prompt)
+            return [_spaced({"prompt": prompt, "completion": completion}) | kept]
         case "preferences", ("chosen", "rejected"):
-            return [_pair(row) | kept]
+            return [_spaced(_pair(row)) | kept]
         case "preferences", _:
-            return [pair | kept for pair in _pairs_of_ranking(row)]
+            return [_spaced(pair) | kept for pair in _pairs_of_ranking(row)]
         case _:
             extra = {key: value for key, value in row.items() if key not in ANSWERS}
-            return [extra | {"prompt": _prompt_of(row, form)}]
+            return [extra | _spaced({"prompt": _prompt_of(row, form)})]
 
 
 def prompt_key(row: Row) -> str:
-    """The text by which rows are told to share a prompt: all of it, in a conversation up to the first user turn.
+    """The text by which rows are told to share a prompt: its first user turn, as people would call it the same.
 
-    The later turns do not count, so that a conversation and its own continuation stay on one side of a split.
+    System prompt and later turns do not count, so that a conversation and its own continuation stay on one side of a
+    split; nor do case, spaces, Unicode forms, and the role marks of a transcript (`Human:`, `### User:`, `<|user|>`).
     """
     prompt = next(row[key] for key in ("prompt", "messages", "text") if key in row)
-    if not is_conversational(prompt):
-        return str(prompt).strip()
-    roles = [message["role"] for message in prompt]
-    opening = prompt[: roles.index("user") + 1] if "user" in roles else prompt
-    return "\n".join(str(message["content"]).strip() for message in opening)
+    if is_conversational(prompt):
+        prompt = next((message["content"] for message in prompt if message["role"] == "user"), prompt[0]["content"])
+    before, *turns = ROLE_MARK.split(str(prompt))
+    users = [text for role, text in zip(turns[::2], turns[1::2], strict=True) if role.lower() in ("user", "human")]
+    first = next(filter(str.strip, [*users, before]), str(prompt))
+    return " ".join(CHAT_TOKEN.sub(" ", normalize("NFKC", first)).casefold().split())
 
 
 def render_prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -152,42 +168,96 @@ def render_prompt(row: Row, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 def render(
     row: Row, tokenizer: "PreTrainedTokenizerBase", completion: str = "completion"
 ) -> tuple[list[int], list[int]]:
-    """Token ids of prompt and completion as a rollout has them: (prompt_ids, completion_ids).
+    """Token ids of prompt and completion as a rollout has them: (prompt_ids, completion_ids), one EOS at the end.
 
-    The completion is tokenized on its own, up to the last EOS that the chat template writes, and one EOS at the end.
     What a template puts after EOS (ChatML: a newline) is left out, since no rollout contains it.
 
     Args:
         completion: the column that holds it: `completion`, `chosen` or `rejected`.
     """
-    prompt, text = row["prompt"], row[completion]
-    if is_conversational(prompt):
-        opening = _chat(row, prompt, tokenizer, add_generation_prompt=True, tokenize=False)
-        conversation = _chat(row, prompt + text, tokenizer, tokenize=False)
-        text = conversation[_common(opening, conversation) :]
-    eos = str(tokenizer.eos_token)
-    if eos in text:
-        text = text[: text.rindex(eos)]
-    completion_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return render_prompt(row, tokenizer), [*completion_ids, tokenizer.eos_token_id]
+    prompt_ids, completion_ids, _ = render_learned(row, tokenizer, completion)
+    return prompt_ids, completion_ids
 
 
-def render_whole(row: Row, tokenizer: "PreTrainedTokenizerBase", answer: str | None = None) -> str:
-    """The text that TRL's SFT, reward and DPO trainers tokenize for a row.
+def render_learned(
+    row: Row, tokenizer: "PreTrainedTokenizerBase", completion: str = "completion"
+) -> tuple[list[int], list[int], list[bool]]:
+    """As `render`, with the completion's tokens that are the assistant's own: those that a policy learns.
 
-    Args:
-        answer: the column after the prompt (`completion`, `chosen`, `rejected`); None for `messages` or `text`, and
-            for a prompt alone.
+    In a completion of several turns, what user and tools say, and what the template writes around it, is not learned.
     """
-    start = next(row[key] for key in ("prompt", "messages", "text") if key in row)
-    if is_conversational(start):
-        alone = "prompt" in row and answer is None
-        whole = start + row[answer] if answer else start
-        return str(_chat(row, whole, tokenizer, tokenize=False, add_generation_prompt=alone))
-    if "prompt" in row and answer is None:
-        return str(start)
-    text = str(start) + (row[answer] if answer else "")
-    return text if text.endswith(str(tokenizer.eos_token)) else text + str(tokenizer.eos_token)
+    prompt, answer = row["prompt"], row[completion]
+    conversational, eos = is_conversational(prompt), str(tokenizer.eos_token)
+    if conversational:
+        opening, text, turns = _conversation(row, prompt, answer, tokenizer)
+        text = text.removesuffix(eos)
+    else:
+        opening, text, turns = prompt, answer[: answer.rindex(eos)] if eos in answer else answer, []
+    prompt_ids = render_prompt(row, tokenizer)
+    several = {"return_offsets_mapping": True} if len(turns) > 1 else {}
+    encoded, shift = tokenizer(opening + text, add_special_tokens=not conversational, **several), len(opening)
+    ids: list[int] = encoded["input_ids"][len(prompt_ids) :]
+    if encoded["input_ids"][: len(prompt_ids)] != prompt_ids:  # a token would join the two, which no rollout contains
+        encoded, shift = tokenizer(text, add_special_tokens=False, **several), 0
+        ids = encoded["input_ids"]
+    learned = [True] * len(ids)
+    if several:
+        places = encoded["offset_mapping"][len(encoded["input_ids"]) - len(ids) :]
+        learned = [any(end > shift + a and start < shift + b for a, b in turns) for start, end in places]
+    return prompt_ids, [*ids, tokenizer.eos_token_id], [*learned, True]
+
+
+def _conversation(
+    row: Row, prompt: Messages, answer: Messages, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[str, str, list[tuple[int, int]]]:
+    """The rendered prompt, what the template writes after it, and where in that the assistant speaks.
+
+    A turn of the assistant begins where the rendering of the messages before it ends, and ends with the EOS after it,
+    or, where the template writes none between two turns, with the rendering of the messages up to it.
+    """
+    messages, eos = prompt + answer, str(tokenizer.eos_token)
+    whole = str(_chat(row, messages, tokenizer, tokenize=False))
+    spoken = [i for i in range(len(prompt), len(messages)) if messages[i]["role"] == "assistant"]
+    openings = [_chat(row, messages[:i], tokenizer, tokenize=False, add_generation_prompt=True) for i in spoken]
+    starts = [_common(opening, whole) for opening in openings]
+    ends = []
+    for i, start, limit in zip(spoken, starts, [*starts[1:], len(whole)], strict=True):
+        end = whole.find(eos, start, limit)
+        if end != -1:
+            ends.append(end + len(eos))
+        elif limit == len(whole):
+            ends.append(limit)
+        else:
+            ends.append(max(start, _common(whole, _chat(row, messages[: i + 1], tokenizer, tokenize=False))))
+    first = starts[0]
+    turns = [(start - first, end - first) for start, end in zip(starts, ends, strict=True)]
+    return openings[0], whole[first : ends[-1]], turns
+
+
+def render_demonstration(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[bool]]:
+    """Token ids of a row of SFT, one EOS at the end, and which of them are learned: of a `text` all."""
+    if "text" in row:
+        eos = str(tokenizer.eos_token)
+        ids: list[int] = tokenizer(row["text"].removesuffix(eos) + eos)["input_ids"]
+        return ids, [True] * len(ids)
+    if "messages" in row:
+        first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
+        row = row | {"prompt": row["messages"][:first], "completion": row["messages"][first:]}
+    prompt_ids, completion_ids, learned = render_learned(row, tokenizer)
+    return prompt_ids + completion_ids, [False] * len(prompt_ids) + learned
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """The special token that the chat template writes after an answer, which every completion has to end with.
+
+    None where it writes none: there an answer ends with the tokenizer's EOS.
+    """
+    answer = "ANSWER"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(answer)[2]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    places = {after.index(token): token for token in sorted(special, key=len) if token in after}
+    return places[min(places)] if places else None
 
 
 def _chat(row: Row, messages: Messages, tokenizer: "PreTrainedTokenizerBase", **options: Any) -> Any:
@@ -248,12 +318,20 @@ def _turns(row: Row, key: str) -> Messages:
 def extract_prompt(chosen: Any, rejected: Any) -> Row:
     """Take the common beginning of two texts or conversations out as their prompt, as `trl.extract_prompt` does.
 
-    Written here since importing TRL's own takes four seconds and torch.
+    That of two texts ends with a whole word, where TRL's may end inside one (`... is b`, before `lue.` and `right.`):
+    nobody would ask so. In texts without spaces it ends where TRL's does.
     """
     end = min(_common(chosen, rejected), len(chosen) - 1, len(rejected) - 1)
-    if isinstance(chosen, str) and end > 0 and chosen[end - 1] == " ":
-        end -= 1
+    if isinstance(chosen, str):
+        whole = (at for at in range(end, 0, -1) if not (_in_word(chosen, at) or _in_word(rejected, at)))
+        end = next(whole, end)
+        end -= end > 0 and chosen[end - 1] == " "
     return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def _in_word(text: str, at: int) -> bool:
+    """Whether a cut before the character `at` would be inside a word; a Chinese or Japanese one is its own."""
+    return text[at - 1].isalnum() and text[at].isalnum() and east_asian_width(text[at]) not in "WF"
 
 
 def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -270,7 +348,7 @@ def _pair(row: Row) -> Row:
         chosen, rejected, prompt = _implicit(chosen, rejected)
     pair: Row = {"prompt": _prompt(prompt)}
     pair |= {"chosen": _answer(chosen, "chosen", prompt), "rejected": _answer(rejected, "rejected", prompt)}
-    if pair["chosen"] == pair["rejected"]:
+    if _stripped(chosen) == _stripped(rejected):
         raise BadRow(f"`chosen` and `rejected` are the same: {shown(_last(chosen))}")
     if "margin" in row:
         pair["margin"] = _number(row["margin"], "margin")
@@ -284,7 +362,7 @@ def _implicit(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
             _messages(value, key, last=("assistant",))
         else:
             _text(value, key)
-    if chosen == rejected:
+    if _stripped(chosen) == _stripped(rejected):
         raise BadRow(f"`chosen` and `rejected` are the same: {shown(_last(chosen))}")
     parts = extract_prompt(chosen, rejected)
     if not parts["prompt"]:
@@ -293,7 +371,11 @@ def _implicit(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def _pairs_of_ranking(row: Row) -> list[Row]:
-    """All pairs of K ranked responses, the better rank (1 = best) chosen; a tie, or twice the same text, gives none."""
+    """All pairs of K ranked responses, the better rank (1 = best) chosen; a tie, or twice the same text, gives none.
+
+    Each pair has the weight 1 / C(K, 2), so that a long ranking counts no more than a short one; source: Ouyang et al.
+    (arXiv 2203.02155), equation 1.
+    """
     prompt, responses, ranking = _prompt(row["prompt"]), row["responses"], row["ranking"]
     if not isinstance(responses, list) or len(responses) < 2:
         raise BadRow(f"`responses` must be a list of two or more, found {shown(responses)}")
@@ -303,11 +385,12 @@ def _pairs_of_ranking(row: Row) -> list[Row]:
     if is_conversational(prompt):
         responses = [[{"role": "assistant", "content": r}] if isinstance(r, str) else r for r in responses]
     answers = [_answer(response, f"responses[{i}]", prompt) for i, response in enumerate(responses)]
+    different = len({str(_stripped(answer)) for answer in answers})
     return [
-        {"prompt": prompt, "chosen": better, "rejected": worse}
+        {"prompt": prompt, "chosen": better, "rejected": worse, "weight": 1 / comb(different, 2)}
         for rank, better in zip(ranks, answers, strict=True)
         for other, worse in zip(ranks, answers, strict=True)
-        if rank < other and better != worse
+        if rank < other and _stripped(better) != _stripped(worse)
     ]
 
 
@@ -376,6 +459,27 @@ def _messages(value: Any, key: str, last: tuple[str, ...], before: str | None = 
     if before not in last:
         raise BadRow(f"`{key}` ends with the turn of `{before}`; the last must be of {' or '.join(last)}")
     return [{k: v for k, v in message.items() if v is not None} for message in value]
+
+
+def _spaced(row: Row) -> Row:
+    """Move the spaces that a text prompt ends in to the answers, as tokenizers join a space to the word after it.
+
+    Left there, a prompt would end in a token that stands in no training text.
+    """
+    prompt = row["prompt"]
+    if not isinstance(prompt, str) or not prompt.endswith(" "):
+        return row
+    bare = prompt.rstrip(" ")
+    spaces = prompt[len(bare) :]
+    answers = {key: spaces + row[key] for key in ("completion", "chosen", "rejected") if key in row}
+    return row | {"prompt": bare} | answers
+
+
+def _stripped(answer: Any) -> Any:
+    """An answer without the spaces around it, by which two are told to be the same."""
+    if isinstance(answer, str):
+        return answer.strip()
+    return [{k: v.strip() if isinstance(v, str) else v for k, v in message.items()} for message in answer]
 
 
 def _last(value: Any) -> Any:

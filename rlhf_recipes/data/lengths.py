@@ -1,11 +1,8 @@
-"""How many rows TRL's trainers would cut or drop at `max_length` without a word, counted beforehand."""
+"""What does not fit: rows longer than `max_length`, and prompts that do not fill a rollout batch. Both are counted."""
 
-import sys
-from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rlhf_recipes.data.formats import Row, is_conversational, render_whole
+from rlhf_recipes.data.formats import Row, render_prompt
 from rlhf_recipes.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,59 +10,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """How many rows a trainer cuts or drops at `max_length`, and the longest row in tokens."""
+def fit(
+    parts: "dict[str, Dataset | None]",
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None,
+    texts: bool = False,
+) -> "tuple[list[Any], str]":
+    """Leave out what is longer than `max_length`, so that it is neither trained on nor sampled, scored or shown.
 
-    rows: int
-    longest: int
-    max_length: int | None
-    cut: int
-    dropped: int
-
-    def __str__(self) -> str:
-        lost = [f"{n:,} would be {what}" for n, what in ((self.cut, "cut"), (self.dropped, "dropped")) if n]
-        if not lost:
-            return f"all {self.rows:,} rows fit max_length={self.max_length} (longest: {self.longest:,} tokens)"
-        return (
-            f"{self.cut + self.dropped:,} of {self.rows:,} rows are longer than max_length={self.max_length}: "
-            f"{' and '.join(lost)} (longest: {self.longest:,} tokens)"
-        )
-
-
-def check_lengths(
-    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", recipe: str, max_length: int | None
-) -> Lengths:
-    """Count the rows that TRL's trainer of a recipe cuts or drops without a word.
-
-    SFT and DPO cut the end off, and drop a row whose prompt alone fills `max_length`; the reward trainer drops every
-    pair with an answer too long.
+    An answer cut short would teach not to end. A `text`, which has no answer, is left to the trainer to cut or pack.
 
     Args:
-        dataset: as `load` gives it, or with `chosen_ids` and `rejected_ids` for the reward trainer.
-        recipe: `sft`, `rm` or `dpo`.
-        max_length: as in the trainer's config; None is no limit.
+        parts: by what to call them: tokenized rows, or rows of prompts, which need room for an answer of one token.
+            A None stays None.
+        texts: the tokenized rows are those of `text`.
+
+    Returns:
+        The parts in their order, and what to say of them, in one line.
+
+    Raises:
+        UserError: nothing is left of a part.
     """
-    columns = dataset.column_names
-    answers: list[str | None] = [key for key in ("completion", "chosen", "rejected") if key in columns]
-    limit = max_length or sys.maxsize
-    longest = cut = dropped = 0
-    rows = iter(dataset)
-    while chunk := list(islice(rows, 1000)):
-        if "chosen_ids" in columns:
-            lengths = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in chunk]
-        else:
-            by_answer = [_token_counts(chunk, tokenizer, answer) for answer in answers or [None]]
-            lengths = [max(row) for row in zip(*by_answer, strict=True)]
-        longest = max(longest, *lengths)
-        too_long = [row for row, length in zip(chunk, lengths, strict=True) if length > limit]
-        if recipe == "rm":
-            dropped += len(too_long)
-            continue
-        full = sum(n >= limit for n in _token_counts(too_long, tokenizer, None)) if "prompt" in columns else 0
-        dropped += full
-        cut += len(too_long) - full
-    return Lengths(len(dataset), longest, max_length, cut, dropped)
+    lengths = {name: [_length(row, tokenizer) for row in part] for name, part in parts.items() if part is not None}
+    longest, total = max(map(max, lengths.values())), sum(map(len, lengths.values()))
+    if max_length is None or longest <= max_length:
+        return list(parts.values()), f"all {total:,} rows fit max_length={max_length} (longest: {longest:,} tokens)"
+    kept = {name: [i for i, n in enumerate(found) if n <= max_length] for name, found in lengths.items()}
+    too_long = {name: len(lengths[name]) - len(rows) for name, rows in kept.items() if len(rows) < len(lengths[name])}
+    said = (
+        f"{sum(too_long.values()):,} of {total:,} rows are longer than max_length={max_length} and "
+        f"{'cut there (or split, where they are packed)' if texts else 'left out everywhere'}: "
+        f"{', '.join(f'{n:,} {name}' for name, n in too_long.items())} (longest: {longest:,} tokens)"
+    )
+    if texts:
+        return list(parts.values()), said
+    if empty := [name for name, rows in kept.items() if not rows]:
+        raise UserError(f"{said}. There are no {' and no '.join(empty)} left: raise training.max_length")
+    return [None if part is None else part.select(kept[name]) for name, part in parts.items()], said
 
 
 def check_batch(rows: int, batch: int) -> str:
@@ -86,9 +67,9 @@ def check_batch(rows: int, batch: int) -> str:
     )
 
 
-def _token_counts(rows: list[Row], tokenizer: "PreTrainedTokenizerBase", answer: str | None) -> list[int]:
-    if not rows:
-        return []
-    text = [render_whole(row, tokenizer, answer) for row in rows]
-    conversational = any(is_conversational(rows[0].get(key)) for key in ("prompt", "messages"))
-    return [len(ids) for ids in tokenizer(text, add_special_tokens=not conversational)["input_ids"]]
+def _length(row: Row, tokenizer: "PreTrainedTokenizerBase") -> int:
+    if "input_ids" in row:
+        return len(row["input_ids"])
+    if "chosen_ids" in row:
+        return len(row.get("prompt_ids", ())) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    return len(render_prompt(row, tokenizer)) + 1

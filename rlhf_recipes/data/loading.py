@@ -30,6 +30,11 @@ class Loaded:
     test: "Dataset"
     fingerprint: str  # of all rows
 
+    @property
+    def parts(self) -> "dict[str, Dataset]":
+        """Both by what they are called."""
+        return {"training": self.train, "held-out": self.test}
+
 
 def load(cfg_data: Any, stage: str, seed: int) -> Loaded:
     """Read, check, convert and split what a stage reads.
@@ -38,11 +43,19 @@ def load(cfg_data: Any, stage: str, seed: int) -> Loaded:
         UserError: for a source that cannot be read or has bad rows, an unknown key, or nothing left to train on.
     """
     sources, heldout = parse(cfg_data, stage)
+    _refuse_twice(sources, stage)
     parts = [_split(source, stage, heldout, seed) for source in sources]
     _refuse_mixed_formats(sources, parts, stage)
     held = dict.fromkeys((key for _, _, keys in parts for key in keys), stage)
     if any(source.kind != "world" for source in sources):
         held = _held_out_elsewhere(cfg_data, stage, seed) | held
+    others = [f"data.{other}" for other in STAGES if other != stage and source_nodes(cfg_data, other)]
+    if stage == "sft" and others and any("text" in row for rows, _, _ in parts for row in rows[:1]):
+        log.warning(
+            "data.sft: `text` rows have no prompt, so it cannot be checked whether they contain prompts that are held "
+            "out of %s",
+            " and ".join(others),
+        )
     trains = [_without(train, held, source) for source, (train, _, _) in zip(sources, parts, strict=True)]
     train = _mix(sources, trains, seed)
     test = [row for _, rows, _ in parts for row in rows]
@@ -54,6 +67,8 @@ def load(cfg_data: Any, stage: str, seed: int) -> Loaded:
                 f"another data.heldout (a share between 0 and 1, or a number of prompts)"
             )
     log.info("data.%s: %s training and %s held-out rows", stage, f"{len(train):,}", f"{len(test):,}")
+    if stage == "preferences":
+        train, test = _weighed(train), [_unweighed(row) for row in test]
     digest = blake2b(digest_size=8)
     for row in (*train, *test):
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -106,6 +121,21 @@ def _described_elsewhere(cfg_data: Any, stage: str) -> Any:
         return [_described(source) for source in parse(cfg_data, stage)[0]]
     except UserError:
         return "cannot be read"
+
+
+def _refuse_twice(sources: list[Source], stage: str) -> None:
+    """Refuse two sources that give the same rows: they would be counted twice, and no weight would be what it says."""
+    read: dict[Any, str] = {}
+    for source in sources:
+        found = [str(file.resolve()) for file in files.find(source.path, source.key)] if source.kind == "files" else []
+        about = source.name, source.split, source.revision, source.columns, source.mapping
+        for rows in found or [source.path]:
+            if (rows, about) in read:
+                raise UserError(
+                    f"data.{stage}: {rows} is read twice (by {read[rows, about]} and by {source.key}), and its rows "
+                    "would count twice. Name it once; to draw more of it than of another source, give each a `weight`"
+                )
+            read[rows, about] = source.key
 
 
 def _refuse_mixed_formats(sources: list[Source], parts: list[Parts], stage: str) -> None:
@@ -196,6 +226,19 @@ def _mix(sources: list[Source], parts: list[list[Row]], seed: int) -> list[Row]:
     if len(sources) > 1:
         chance.shuffle(mixed)
     return mixed
+
+
+def _weighed(rows: list[Row]) -> list[Row]:
+    """The weights of pairs (1 where a row has none) with mean 1, or no weights where all are equal."""
+    weights = [row.get("weight", 1.0) for row in rows]
+    if len(set(weights)) == 1:
+        return [_unweighed(row) for row in rows]
+    mean = sum(weights) / len(weights)
+    return [row | {"weight": weight / mean} for row, weight in zip(rows, weights, strict=True)]
+
+
+def _unweighed(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key != "weight"}
 
 
 def _dataset(rows: list[Row]) -> "Dataset":

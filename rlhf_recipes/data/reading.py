@@ -2,6 +2,7 @@
 
 import logging
 from difflib import get_close_matches
+from math import comb
 from pathlib import Path
 
 from rlhf_recipes.data import files
@@ -41,7 +42,7 @@ def convert_rows(source: Source, places: Places, stage: str, quiet: bool = False
     good: list[Row] = []
     faults: list[tuple[str, BadRow]] = []
     form = shape = formless = None
-    count = rankings = tied = 0
+    count = rankings = tied = unordered = 0
     for where, row in places:
         count += 1
         try:
@@ -65,6 +66,7 @@ def convert_rows(source: Source, places: Places, stage: str, quiet: bool = False
         if form == ("prompt", "responses", "ranking"):
             rankings += 1
             tied += not converted
+            unordered += comb(len(row["responses"]), 2) - len(converted)
         good += converted
     if formless and not form:
         raise UserError(_no_form(source, *formless, stage))
@@ -72,6 +74,7 @@ def convert_rows(source: Source, places: Places, stage: str, quiet: bool = False
         _report(source, faults, count, example(form or FORMS[stage][0], bool(shape and "messages" in shape)), quiet)
     if rankings and not quiet:
         note = f" ({tied:,} with nothing but ties gave none)" if tied else ""
+        note += f"; {unordered:,} pairs of equal rank or equal text are left out" if unordered else ""
         log.info("%s: %s pairs of %s rankings%s", source.key, f"{len(good):,}", f"{rankings:,}", note)
     return good
 

@@ -29,7 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
 
 from rlhf_recipes.backoff import back_off, in_chunks, until_it_fits
-from rlhf_recipes.data.formats import render
+from rlhf_recipes.data.formats import render_demonstration
 from rlhf_recipes.data.lengths import check_batch
 from rlhf_recipes.ensembles import Ensemble, spread
 from rlhf_recipes.errors import UserError
@@ -82,7 +82,7 @@ class PPOTrainer(GRPOTrainer):
         args: a `PPOConfig`.
         reward_adapter: folder of a reward model trained as a LoRA adapter with a `score` head on this base; or folders
             of several, an ensemble that `reward_ensemble` combines. In `reward_weights` it comes first, as one.
-        ptx_dataset: rows of `prompt` and `completion` for the SFT loss; needed where `ptx_coef` is not 0.
+        ptx_dataset: rows for the SFT loss, in any of TRL's formats; needed where `ptx_coef` is not 0.
 
     Raises:
         UserError: no adapter to train, an adapter that does not fit, or a combination that cannot work.
@@ -536,10 +536,15 @@ class PPOTrainer(GRPOTrainer):
         rows = torch.randint(len(self.ptx_dataset), (self.accelerator.num_processes, sum(sizes)), generator=draw)
         batches = []
         for own in rows[self.accelerator.process_index].split(sizes):
-            pairs = [render(self.ptx_dataset[i], self._tokenizer) for i in own.tolist()]
-            prompts, completions = [p for p, _ in pairs], [c for _, c in pairs]
-            pad_id = self._tokenizer.pad_token_id
-            batches.append(Episodes.padded(prompts, completions, pad_id, self.accelerator.device))
+            rendered = [render_demonstration(self.ptx_dataset[i], self._tokenizer) for i in own.tolist()]
+            firsts = [max(learned.index(True), 1) for _, learned in rendered]  # nothing says the first token of a text
+            prompts = [ids[:first] for (ids, _), first in zip(rendered, firsts, strict=True)]
+            completions = [ids[first:] for (ids, _), first in zip(rendered, firsts, strict=True)]
+            pad_id, device = self._tokenizer.pad_token_id, self.accelerator.device
+            batch = Episodes.padded(prompts, completions, pad_id, device)
+            for mask, (_, learned), first in zip(batch.mask, rendered, firsts, strict=True):
+                mask[: len(learned) - first] = torch.tensor(learned[first:], device=device)
+            batches.append(batch)
         return {
             "ptx_ids": [batch.input_ids for batch in batches],
             "ptx_attention_mask": [batch.attention_mask for batch in batches],

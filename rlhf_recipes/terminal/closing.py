@@ -34,7 +34,7 @@ def summary(
     """
     manifest = stage.manifest
     size = sum(file["bytes"] for file in manifest["files"].values())
-    shown = {name: value for name, value in figures.items() if not isinstance(value, Mapping | None)}
+    shown = {name: value for name, value in figures.items() if not isinstance(value, Mapping | list | None)}
     memory = {"rss": "resident", "anonymous": "anonymous", "gpu": "on the GPU", "reserved": "reserved there"}
     following = NEXT.get(stage.name, ())
     rows = {
