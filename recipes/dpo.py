@@ -49,6 +49,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     evaluated = trainer.evaluate()
     figures = watched.figures | {"stopped": watched.stop_reason} if unseen else {}
     figures |= {name: evaluated[f"eval_rewards/{name}"] for name in ("accuracies", "margins")}
+    figures |= evaluation.kept(trainer)
     changes = evaluation.changes(cfg, asked, roles, tokenizer, {cfg.start: REFERENCE, "dpo": POLICY})
     log = trainer.state.log_history
     stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples, log=log)

@@ -49,6 +49,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     watched.save(stage.saving)
     best = {args.metric_for_best_model: trainer.state.best_metric}
+    best |= evaluation.kept(trainer)
     figures = best | {"stopped": trainer.stop_reason or watched.stop_reason} | watched.figures
     changes = evaluation.changes(cfg, asked, trainer.roles, tokenizer, {cfg.start: REFERENCE, "ppo": POLICY})
     log = trainer.state.log_history

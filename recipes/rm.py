@@ -21,7 +21,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     stage.check_rows(rows)
     from trl import RewardConfig
 
-    from rlhf_recipes import models, reward_model
+    from rlhf_recipes import evaluation, models, reward_model
     from rlhf_recipes.backoff import back_off
     from rlhf_recipes.preferences import PairRewardTrainer
 
@@ -41,6 +41,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     chosen, rejected = reward_model.pair_scores(model, heldout, tokenizer, args.per_device_eval_batch_size)
     figures = reward_model.agreement(chosen, rejected, heldout["prompt"], reward_model.longer(heldout))
+    figures |= evaluation.kept(trainer)
     trainer.save_model(stage.saving)
     trainer.accelerator.wait_for_everyone()
     log = trainer.state.log_history

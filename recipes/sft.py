@@ -41,7 +41,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     terminal.progress(trainer, "sft")
     stage.train(trainer)
 
-    figures = {"loss": trainer.evaluate()["eval_loss"]}
+    figures = {"loss": trainer.evaluate()["eval_loss"]} | evaluation.kept(trainer)
     changes = evaluation.changes(cfg, asked, roles, tokenizer, {"base": None, "sft": POLICY})
     log = trainer.state.log_history
     stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples, log=log)

@@ -1,6 +1,7 @@
 """Policies side by side: figures with their intervals, samples, KL and rewards, each against a computation by hand."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +99,23 @@ def test_gold_is_the_mean_of_its_components_however_many_prompts_each_has():
 
 def test_without_a_known_truth_there_is_no_gold():
     assert "gold" not in summarize({"reward": [1.0, 2.0]}, samples=1)
+
+
+# ---- what was selected on
+
+
+def test_a_kept_checkpoint_is_the_best_of_the_looks_after_the_first_step():
+    """The objective was measured at steps 0, 2 and 4; step 0 has no checkpoint, and what trains is no look."""
+    log = [{"step": at, "eval_objective": 0.1, "eval_reward": 1.0} for at in (0, 2, 4)] + [
+        {"step": 4, "objective": 0.2}
+    ]
+    for best, metric, wanted in (
+        (True, "objective", {"kept": "best of 2 looks"}),
+        (True, "eval_objective", {"kept": "best of 2 looks"}),
+        (False, "objective", {}),
+    ):
+        args = SimpleNamespace(load_best_model_at_end=best, metric_for_best_model=metric)
+        assert evaluation.kept(SimpleNamespace(args=args, state=SimpleNamespace(log_history=log))) == wanted
 
 
 # ---- samples

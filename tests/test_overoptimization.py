@@ -62,7 +62,9 @@ def test_a_sweep_of_reward_models_is_an_ensemble_and_one_of_them_the_guard(share
     assert manifest["predecessors"][str(rm / "seed=1")] == fingerprints["seed=1"]
     points = json.loads((made / "guard.json").read_text())["points"]
     assert [point["step"] for point in points] == [0, 2, 4]
-    assert json.loads((made / "metrics.json").read_text())["guard"] == max(p["score"] for p in points[1:])
+    metrics = json.loads((made / "metrics.json").read_text())
+    assert metrics["guard"] == max(p["score"] for p in points[1:]) and metrics["kept"] == "best of 2 looks"
+    assert "| kept | best of 2 looks |" in (made / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -177,6 +177,7 @@ def test_a_summary_tells_what_where_how_good_how_long_how_large_and_what_next(tm
         stage.manifest |= {"seconds": 75.0, "peak_memory": {"rss": 1812, "anonymous": 310}}
         figures = {"loss": 0.52341, "accuracy": (0.671, 0.018), "scale": {"mean": 1.0}, "best": None}
         figures["reliability"] = [{"confidence": 0.55, "accuracy": 0.5, "pairs": 12}]  # a table, for the report
+        figures |= {"kept": "best of 5 looks"}
         changes = Changes(
             {"base": {"gold": Interval(0.1, 0.01)}, "sft": {"gold": Interval(0.671, 0.018)}},
             [
@@ -189,7 +190,7 @@ def test_a_summary_tells_what_where_how_good_how_long_how_large_and_what_next(tm
         mine/sft is finished
           made      SFT adapter, 1.5 MB
           where     {tmp_path}/mine/sft/
-          how good  loss 0.523, accuracy 0.67 ± 0.02
+          how good  loss 0.523, accuracy 0.67 ± 0.02, kept best of 5 looks
           how long  1 min 15 s
           memory    1,812 MB resident, 310 MB anonymous at the peak
           next      make rm ppo ARGS="run=mine model=x"
@@ -197,6 +198,8 @@ def test_a_summary_tells_what_where_how_good_how_long_how_large_and_what_next(tm
         held-out prompts         gold
         base              0.10 ± 0.01
         sft               0.67 ± 0.02
+        Rough intervals (2 prompts)
+        sft is the best of 5 looks at held-out data, which flatters its figures there a little
 
           ?      Who swims?
           base   Sing Sing

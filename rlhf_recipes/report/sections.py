@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from rlhf_recipes.config.options import TRAINING
-from rlhf_recipes.figures import duration, number
+from rlhf_recipes.figures import duration, few, number
 from rlhf_recipes.report import plots
 from rlhf_recipes.report.content import (
     Block,
@@ -102,6 +102,10 @@ def results(run: Run) -> list[Block]:
         note += f" Evaluated on {prompts['count']:,} prompts, {prompts.get('samples', 1)} completions each"
         rest = [name for name in found if name not in run.evaluation["policies"]]
         note += f"; {', '.join(rest)} as measured at the end of the stage." if rest else "."
+        note += f" Rough intervals{mark}." if (mark := few(prompts["count"])) else ""
+    for stage in run.finished:
+        if "kept" in stage.metrics and stage.name in found:
+            note += f" {stage.name} is the {stage.metrics['kept']} at held-out data, which flatters it there a little."
     blocks.append(measured(found, shown or [*dict.fromkeys(k for m in found.values() for k in m)], note))
     drawn = [name for name in ("gold", "reward") if sum(name in m for m in found.values()) > 1]
     return [*blocks, *([Plots([_by_policy(name, found) for name in drawn])] if drawn else [])]
@@ -191,6 +195,7 @@ def lineage(run: Run) -> list[Block]:
 def _facts(stage: Trained) -> list[tuple[str, str]]:
     manifest = stage.manifest
     figures = {k: v for k, v in stage.metrics.items() if isinstance(v, int | float) or (v and isinstance(v, list))}
+    figures |= {"kept": stage.metrics["kept"]} if "kept" in stage.metrics else {}
     sources = {str(v): 0 for k, v in flat(manifest.get("data", {})).items() if k.endswith(("path", "name")) and v}
     memory = ", ".join(f"{mb:,} MB {kind}" for kind, mb in manifest.get("peak_memory", {}).items())
     facts = {

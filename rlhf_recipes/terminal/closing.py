@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rlhf_recipes.figures import duration, number, table
+from rlhf_recipes.figures import duration, few, number, table
 from rlhf_recipes.runs import Stage, make_command
 from rlhf_recipes.terminal.lines import say
 
@@ -49,6 +49,10 @@ def summary(
     say(f"\n{manifest['run']}/{stage.name} is finished\n" + "\n".join(f"  {k:<9} {v}" for k, v in rows.items() if v))
     if changes and changes.figures:
         say("\n" + table([{"held-out prompts": policy, **measured} for policy, measured in changes.figures.items()]))
+        if mark := few(len(changes.samples)):
+            say(f"Rough intervals{mark}")
+        if "kept" in figures:
+            say(f"{stage.name} is the {figures['kept']} at held-out data, which flatters its figures there a little")
         say("\n" + _answers(changes.samples))
 
 
