@@ -55,10 +55,10 @@ class Scorer:
         if self.sources.adapters:
             columns.append(evaluation.rewards(roles, tokenizer, made, batch_size, role=GUARD))
         columns += [rewards.called(score, made) for score in self.sources.functions]
-        found = [_weighted(row, self.sources.weights) for row in zip(*columns, strict=True)]
-        if bad := sum(score is not None and not math.isfinite(score) for score in found):
-            logger.warning("guard (%s): %s of %s scores are not finite, and left out", self.name, bad, len(found))
-        return [score if score is not None and math.isfinite(score) else None for score in found]
+        known = [[s if s is not None and math.isfinite(s) else None for s in column] for column in columns]
+        if bad := sum(of.count(None) - list(column).count(None) for of, column in zip(known, columns, strict=True)):
+            logger.warning("guard (%s): %s scores are NaN or infinite, and left out", self.name, bad)
+        return [_weighted(row, self.sources.weights) for row in zip(*known, strict=True)]
 
 
 def from_config(cfg: DictConfig, run_model: Path | None, optimized: Rewards | None = None) -> Scorer | None:
