@@ -15,6 +15,7 @@ computed once for a batch and serves every role and every pass.
 
 import copy
 import inspect
+import itertools
 import json
 import logging
 import re
@@ -28,7 +29,7 @@ from typing import Any, Self
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
-from peft.utils.save_and_load import get_peft_model_state_dict
+from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl.trainer.utils import pad, selective_log_softmax_and_entropy
@@ -36,6 +37,7 @@ from trl.trainer.utils import pad, selective_log_softmax_and_entropy
 from rlhf_recipes.ensembles import Ensemble
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.logps import TokenLogps
+from rlhf_recipes.runs.manifest import MANIFEST
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,9 @@ POLICY, REFERENCE, REWARD, VALUE, GUARD = "default", "ref", "reward", "value", "
 """Adapter names. PEFT loads and saves `default` without being told, and TRL trains it."""
 
 ADAPTER_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+"""What an adapter's tensors mean depends on these fields of its config."""
 KL_LOGITS = 2**23
 """Logits that are held at once, for each of two policies, to compare them: 32 MB in float32."""
 HEAD_KEY = "base_model.model.score.weight"
@@ -73,7 +78,11 @@ class Roles:
             logger.warning("%s has no list of decoder layers: no trunk is shared", type(self.decoder).__name__)
             layers = nn.ModuleList()
         self.layers: list[nn.Module] = list(layers)
+        # what a trunk is computed on: an adapter may sit there too
+        self.below = [*itertools.takewhile(lambda child: child is not layers, self.decoder.children())]
         self.frozen_layers = int(trunk * len(self.layers))
+        if self.frozen_layers and (names := list(self.layer_parameters(POLICY, self.below))):
+            logger.warning("below the trunk, and so not trained (trunk=0 would): %s", ", ".join(names))
         self.frozen_top = self.layers[len(self.layers) - int(frozen_top * len(self.layers)) :]
         self.trunk_layers = 0
         self.trained: dict[str, list[nn.Parameter]] = {}
@@ -81,9 +90,7 @@ class Roles:
         if (lm_head := model.get_output_embeddings()) is not None:
             lm_head.register_forward_pre_hook(_contiguous_on_cpu)
         _positions_from_mask(self.decoder)
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                module._cast_input_dtype = _cast_outside_autocast
+        _leave_casts_to_autocast(model)
 
     # ---- adapters and heads
 
@@ -101,12 +108,20 @@ class Roles:
         inside = {id(p) for layer in layers for p in layer.parameters()}
         return {name: p for name, p in self.parameters(adapter).items() if id(p) in inside}
 
-    def add_copy(self, adapter: str, source: str) -> None:
-        """Add an adapter equal to another one in every tensor."""
-        config = copy.copy(self.model.peft_config[source])
-        config.init_lora_weights = True  # its tensors come next; some initializations would change the base
+    def _add(self, adapter: str, config: PeftConfig) -> None:
+        """Add an adapter whose tensors come next, in place of one that an earlier trainer left on the model."""
+        if adapter in self.model.peft_config:
+            logger.warning("the model has an adapter `%s` already, from an earlier trainer: it is replaced", adapter)
+            self.model.delete_adapter(adapter)
+        config = copy.copy(config)
+        config.init_lora_weights = True  # some initializations would change the base
         self.model.add_adapter(adapter, config)
         self.full_precision(adapter)
+        _leave_casts_to_autocast(self.model)
+
+    def add_copy(self, adapter: str, source: str) -> None:
+        """Add an adapter equal to another one in every tensor."""
+        self._add(adapter, self.model.peft_config[source])
         copies = self.parameters(adapter)
         for name, parameter in self.parameters(source).items():
             copies[name].data.copy_(parameter.data)
@@ -116,6 +131,28 @@ class Roles:
         for parameter in self.parameters(adapter).values():
             parameter.data = parameter.data.float()
 
+    def add_saved(self, adapter: str, folder: Path) -> None:
+        """Add the adapter in a folder with its own rank, scaling and layers, and its scalar head where it has one.
+
+        Raises:
+            UserError: the folder holds no adapter, or one of another base or of a kind that no role can be.
+        """
+        config = read_adapter_config(folder)
+        base, name = config.base_model_name_or_path, self.model.get_base_model().name_or_path
+        # by name where no stage made it; a stage knows its base by fingerprint, wherever that lies by now
+        if base and name and Path(base).name != Path(name).name and not (folder / MANIFEST).exists():
+            raise UserError(
+                f"the adapter in {folder} was made on the base {base}, and this model is {name}. If their weights are "
+                f"the same, say so: put {name!r} as base_model_name_or_path into its {CONFIG_FILE}."
+            )
+        saved = set(config.modules_to_save or ()) - {"score", "classifier"}  # those are heads of their own here
+        config.task_type, config.modules_to_save = "CAUSAL_LM", sorted(saved) or None
+        try:
+            self._add(adapter, config)
+        except ValueError as error:  # its layers are not in this model
+            raise UserError(f"the adapter in {folder} does not fit: {error}") from error
+        self.load(adapter, folder)
+
     def load(self, adapter: str, folder: Path, *, bias: float | None = None) -> None:
         """Put an adapter's saved tensors, and its scalar head where it has one, into an adapter that exists.
 
@@ -123,22 +160,25 @@ class Roles:
             bias: of the head, which is then taken bit by bit as it was trained, and not in the units of its file.
 
         Raises:
-            UserError: the folder holds no adapter, or one of another base, rank or set of target modules.
+            UserError: the folder holds no adapter, or one of another base, rank, scaling or set of target modules.
         """
-        saved = read_adapter(folder)
+        config, saved = read_adapter_config(folder), read_adapter(folder)
         head = saved.pop(HEAD_KEY, None)
-        parameters = self.parameters(adapter)
-        parameters.pop(HEAD_KEY, None)
-        shapes, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (saved, parameters))
-        if shapes != wanted:
-            name = min(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
-            raise UserError(
-                f"the adapter in {folder} does not fit: {name} is {shapes.get(name, 'missing')} there and "
-                f"{wanted.get(name, 'missing')} in this model. All adapters of a run share base, rank and target "
-                "modules; they are fixed where the SFT adapter is made."
-            )
-        for name, parameter in parameters.items():
-            parameter.data.copy_(saved[name])
+        base = {name for name, _ in self.model.named_parameters()}  # PEFT saves embeddings too, adapted ones
+        saved = {name: tensor for name, tensor in saved.items() if name not in base}
+        held = get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
+        own_head = {HEAD_KEY: held.pop(HEAD_KEY)} if HEAD_KEY in held else {}
+        shapes, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (saved, held))
+        configs = config, self.model.peft_config[adapter]
+        scaling, own_scaling = ({name: getattr(c, name) or None for name in SCALING} for c in configs)
+        for there, here in ((shapes, wanted), (scaling, own_scaling)):
+            for name in sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n)):
+                raise UserError(
+                    f"the adapter in {folder} does not fit: {name} is {there.get(name, 'missing')} there and "
+                    f"{here.get(name, 'missing')} in this model. They are fixed where the SFT adapter is made, as the "
+                    "base is."
+                )
+        set_peft_model_state_dict(self.model, own_head | saved, adapter_name=adapter)
         if head is not None:
             scale = json.loads((folder / HEAD_FILE).read_text()) if (folder / HEAD_FILE).exists() else {}
             self.add_head(adapter, head, **(scale if bias is None else {"mean": -bias}))
@@ -147,12 +187,11 @@ class Roles:
         """Add the reward model in a folder as a frozen role, or those in several as an ensemble: a role each.
 
         Raises:
-            UserError: a folder holds no reward model, or one of another base, rank or set of target modules.
+            UserError: a folder holds no reward model, or one of another base.
         """
         names = [member(role, index) for index in range(len(folders))]
         for name, folder in zip(names, folders, strict=True):
-            self.add_copy(name, POLICY)
-            self.load(name, folder)
+            self.add_saved(name, folder)
             if name not in self.heads:
                 raise UserError(f"the adapter in {folder} has no scalar head: it is no reward model")
         self.ensembles[role] = (names, ensemble or Ensemble())
@@ -161,12 +200,8 @@ class Roles:
     def share_trunk(self, role: str) -> None:
         """Tie a held role's tensors to the policy's in those layers of the trunk where they are equal."""
         for layer in self.layers[: self.frozen_layers]:
-            policy = self.layer_parameters(POLICY, [layer])
             for name in self.members(role):
-                own = self.layer_parameters(name, [layer])
-                if all(torch.equal(own[key], tensor) for key, tensor in policy.items()):
-                    for key, tensor in policy.items():
-                        own[key].data = tensor.data
+                self._tie([POLICY, name], layer)
 
     def members(self, role: str) -> list[str]:
         """The adapters of a role: itself, or those of its ensemble."""
@@ -198,11 +233,12 @@ class Roles:
             mean: with `std`, the units of the head's output: what it predicts is output * std + mean.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = get_peft_model_state_dict(self.model, adapter_name=adapter)
+        tensors = get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
         tensors[HEAD_KEY] = self.heads[adapter].weight.data
         save_file({k: v.contiguous().cpu().clone() for k, v in tensors.items()}, folder / ADAPTER_FILE)
         config = copy.copy(self.model.peft_config[adapter])
-        config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], True
+        config.task_type, config.modules_to_save = "SEQ_CLS", ["score", *(config.modules_to_save or ())]
+        config.inference_mode = True
         config.save_pretrained(folder)
         offset = self.heads[adapter].bias.item() + mean / std
         (folder / HEAD_FILE).write_text(json.dumps({"mean": -offset, "std": 1 / std}))
@@ -218,8 +254,9 @@ class Roles:
         folders they came from).
         """
         self.trained = {}
+        below = self.below if self.frozen_layers else []
         for adapter in adapters:
-            frozen = self.layer_parameters(adapter, self.layers[: self.frozen_layers] + self.frozen_top)
+            frozen = self.layer_parameters(adapter, self.layers[: self.frozen_layers] + self.frozen_top + below)
             own = [p for name, p in self.parameters(adapter).items() if name not in frozen]
             self.trained[adapter] = own + list(self.heads[adapter].parameters() if adapter in self.heads else ())
             if not self.trained[adapter]:
@@ -273,16 +310,30 @@ class Roles:
     def find_trunk(self) -> int:
         """Settle how many lower layers all adapters share, tie their tensors to one storage, and return the number."""
         adapters = list(self.model.peft_config)
+        equal = [self._tie(adapters, module) for module in (self.below if self.frozen_layers else [])]
         self.trunk_layers = 0
-        for layer in self.layers[: self.frozen_layers]:
-            tensors = [self.layer_parameters(adapter, [layer]) for adapter in adapters]
-            if any(not torch.equal(p, other[name]) for other in tensors[1:] for name, p in tensors[0].items()):
+        for layer in self.layers[: self.frozen_layers] if all(equal) else []:
+            if not self._tie(adapters, layer):
                 break
-            for other in tensors[1:]:
-                for name, parameter in tensors[0].items():
-                    other[name].data = parameter.data
             self.trunk_layers += 1
         return self.trunk_layers
+
+    def _tie(self, adapters: Sequence[str], module: nn.Module) -> bool:
+        """Let adapters share the first one's tensors in a module, unless they differ there, in tensors or scaling."""
+        first, *others = [self.layer_parameters(adapter, [module]) for adapter in adapters]
+        scalings = [
+            [layer.scaling.get(adapter) for layer in module.modules() if isinstance(layer, LoraLayer)]
+            for adapter in adapters
+        ]
+        for other, scaling in zip(others, scalings[1:], strict=True):
+            if scaling != scalings[0] or other.keys() != first.keys():
+                return False
+            if any(not torch.equal(p, other[name]) for name, p in first.items()):
+                return False
+        for other in others:
+            for name, parameter in first.items():
+                other[name].data = parameter.data
+        return True
 
     @contextmanager
     def _layers_replaced(self, layers: list[nn.Module], first: Tensor | None = None) -> Iterator[None]:
@@ -545,9 +596,28 @@ def _positions_from_mask(decoder: nn.Module) -> None:
     decoder.register_forward_pre_hook(count, with_kwargs=True)
 
 
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """What a saved adapter says of itself.
+
+    Raises:
+        UserError: there is no adapter in the folder, or one that no role can be.
+    """
+    if not (folder / CONFIG_FILE).exists():
+        raise UserError(f"no adapter in {folder} (looked for {CONFIG_FILE})")
+    config = PeftConfig.from_pretrained(str(folder))
+    check_adapter(config)
+    return config
+
+
 def _contiguous_on_cpu(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """A forward pre-hook: on a CPU, a bf16 linear layer on a slice copies its weight once for every row of it."""
     return tuple(x.contiguous() if x.device.type == "cpu" else x for x in args)
+
+
+def _leave_casts_to_autocast(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._cast_input_dtype = _cast_outside_autocast
 
 
 def _cast_outside_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:

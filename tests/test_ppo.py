@@ -1128,6 +1128,27 @@ def test_a_trunk_over_all_layers_with_an_adapter_is_refused(make_trainer, tiny_l
         make_trainer(get_peft_model(tiny_llama(), lora))
 
 
+def test_an_adapter_without_a_head_is_no_critic(make_trainer, tiny_policy, tmp_path):
+    tiny_policy().save_pretrained(tmp_path / "sft")
+    with pytest.raises(UserError, match="no scalar head"):
+        make_trainer(value_init=str(tmp_path / "sft"))
+
+
+def test_a_reward_model_that_a_stage_made_on_another_base_is_refused(make_trainer, reward_adapter):
+    (reward_adapter / "manifest.json").write_text('{"schema": 1, "base": "0123456789abcdef"}')
+    with pytest.raises(UserError, match=r"adapters of another:\n.*reward5: 0123456789abcdef"):
+        make_trainer(reward_adapter=reward_adapter)
+
+
+def test_a_second_trainer_on_one_model_takes_its_policy_as_it_is_now(make_trainer, tiny_policy, reward_adapter):
+    model = tiny_policy()
+    for _ in range(2):
+        trainer = make_trainer(model, reward_adapter=reward_adapter, max_steps=4)
+        trainer.train()
+        assert (history(trainer, "kl")[0], history(trainer, "ratio")[0]) == (0, 1)
+        assert history(trainer, "kl")[1] > 0
+
+
 @pytest.mark.parametrize("given", [{"tools": [len]}, {"environment_factory": dict}, {"rollout_func": len}])
 def test_tokens_that_the_policy_did_not_write_are_refused(tiny_policy, tokenizer, prompts, given):
     args = PPOConfig("out", bf16=False, use_cpu=True)

@@ -1,6 +1,7 @@
 """Four adapters on one base: who is active, what trains, what is shared, what is saved."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -127,6 +128,35 @@ def test_the_trunk_ends_where_an_adapter_differs(roles):
     assert roles.find_trunk() == 1
 
 
+def test_the_trunk_ends_where_a_scaling_differs(roles):
+    roles.layers[1].mlp.up_proj.scaling[REWARD] *= 4
+    assert roles.find_trunk() == 1
+
+
+def test_adapters_on_the_embeddings_are_below_the_trunk_frozen_and_without_one_where_they_differ(tiny_llama, caplog):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM", init_lora_weights=False)
+    roles = Roles(get_peft_model(tiny_llama(), lora), trunk=0.5)
+    roles.add_copy(REWARD, POLICY)
+    roles.train(POLICY)
+    assert roles.find_trunk() == 2 and not any("embed_tokens" in name for name in trainable(roles))
+    assert "not trained (trunk=0 would): base_model.model.model.embed_tokens.lora_embedding_A" in caplog.text
+    roles.layer_parameters(REWARD, roles.below).popitem()[1].data = torch.ones(32, 4)
+    assert roles.find_trunk() == 0
+    roles = Roles(roles.model, trunk=0)
+    roles.train(POLICY)
+    assert any("embed_tokens" in name for name in trainable(roles))
+
+
+def test_token_embeddings_trained_with_the_adapter_are_part_of_it(tiny_llama):
+    lora = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 4], task_type="CAUSAL_LM")
+    roles = Roles(get_peft_model(tiny_llama(), lora), trunk=0)
+    roles.add_copy(REFERENCE, POLICY)
+    roles.train(POLICY)
+    [name] = [name for name in roles.parameters(POLICY) if "trainable_tokens_delta" in name]
+    policy, reference = (roles.parameters(adapter)[name] for adapter in (POLICY, REFERENCE))
+    assert policy.requires_grad and torch.equal(policy, reference) and policy.data_ptr() != reference.data_ptr()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_and_gradients_with_the_trunk_equal_those_without_to_the_last_bit(tiny_policy, dtype):
     model = tiny_policy().to(dtype)
@@ -202,7 +232,7 @@ def test_a_copy_leaves_the_base_as_it_is_however_its_source_began(tiny_llama, in
     assert all(torch.equal(p, roles.parameters(REFERENCE)[n]) for n, p in roles.parameters(POLICY).items())
 
 
-def reward_classifier(policy):
+def reward_classifier(policy, **adapter):
     """A reward model as RewardTrainer leaves it, on the policy's base: a classifier with adapter and score head."""
     base = policy.get_base_model()
     torch.manual_seed(1)
@@ -210,21 +240,30 @@ def reward_classifier(policy):
     classifier = LlamaForSequenceClassification(base.config)
     plain = {n.replace(".base_layer", ""): p for n, p in base.model.state_dict().items() if "lora_" not in n}
     classifier.model.load_state_dict(plain)
-    config = LoraConfig(
-        r=4, target_modules="all-linear", task_type=TaskType.SEQ_CLS, modules_to_save=["score"], init_lora_weights=False
-    )
+    adapter = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False} | adapter
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, modules_to_save=["score"], **adapter)
     return get_peft_model(classifier, config).eval()
 
 
-def test_the_reward_on_the_shared_base_equals_that_of_the_reward_model_alone(tiny_policy, tmp_path):
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {},
+        {"lora_alpha": 32},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"r": 2, "target_modules": ["q_proj", "up_proj", "embed_tokens"]},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    ],
+)
+def test_the_reward_on_the_shared_base_equals_that_of_the_reward_model_alone(tiny_policy, tmp_path, adapter):
     policy = tiny_policy()
-    classifier = reward_classifier(policy)
+    classifier = reward_classifier(policy, **adapter)
     classifier.save_pretrained(tmp_path)
     alone = classifier(input_ids=IDS, attention_mask=ATTENTION).logits[:, 0]
 
     roles = Roles(policy.eval(), trunk=0)
-    roles.add_copy(REWARD, POLICY)
-    roles.load(REWARD, tmp_path)
+    roles.add_saved(REWARD, tmp_path)
     with roles.active(REWARD):
         hidden = roles.hidden_states(IDS, ATTENTION)
         together = roles.scalars(REWARD, hidden[torch.arange(2), last_real_token(IDS, pad_token_id=0)])
@@ -274,6 +313,34 @@ def test_an_adapter_of_another_rank_is_refused_with_both_shapes(roles, tiny_llam
     )
     with pytest.raises(UserError, match=r"does not fit.*\(8, \d+\) there and \(4, "):
         roles.load(REWARD, tmp_path)
+
+
+@pytest.mark.parametrize("field", [{"lora_alpha": 32}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}])
+def test_an_adapter_of_another_scaling_is_not_loaded_into_one_that_exists(roles, tiny_llama, tmp_path, field):
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **field)
+    get_peft_model(tiny_llama(), lora).save_pretrained(tmp_path)
+    [[name, value]] = field.items()
+    with pytest.raises(UserError, match=re.escape(f"does not fit: {name} is {value} there and ")):
+        roles.load(REWARD, tmp_path)
+
+
+def test_an_adapter_made_on_another_base_is_refused_by_the_names_of_both(tiny_policy, tmp_path):
+    def with_base(name):
+        model = tiny_policy()
+        model.get_base_model().name_or_path = model.peft_config[POLICY].base_model_name_or_path = name
+        return model
+
+    with_base("someone/large-instruct").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"made on the base someone/large-instruct, and this model is someone/large\."):
+        Roles(with_base("someone/large"), trunk=0).add_saved(REWARD, tmp_path)
+    Roles(with_base("/models/large-instruct"), trunk=0).add_saved(REWARD, tmp_path)  # the same, from a folder
+
+
+def test_an_adapter_of_that_name_from_an_earlier_trainer_is_replaced(roles, caplog):
+    again = Roles(roles.model, trunk=0.5)
+    again.add_copy(REFERENCE, POLICY)
+    assert "has an adapter `ref` already, from an earlier trainer: it is replaced" in caplog.text
+    assert again.model.active_adapter == POLICY
 
 
 def test_a_folder_without_an_adapter_is_named(roles, tmp_path):

@@ -84,8 +84,7 @@ class RunModels:
             self.adapters[first] = POLICY
         for number, name in enumerate(rest):
             self.adapters[name] = f"policy_{number}"
-            roles.add_copy(f"policy_{number}", POLICY)
-            roles.load(f"policy_{number}", stages[name].path)
+            roles.add_saved(f"policy_{number}", stages[name].path)
         if self.compared.reward_model is not None:
             roles.hold(REWARD, [self.compared.reward_model.path])
         made_on = {made.path: made.manifest["base"] for made in stages.values()}

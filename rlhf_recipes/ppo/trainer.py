@@ -34,6 +34,7 @@ from rlhf_recipes.data.lengths import check_batch
 from rlhf_recipes.ensembles import Ensemble, spread
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.evaluation.sampling import generating_by
+from rlhf_recipes.models import fingerprint
 from rlhf_recipes.portions import prefill_chunk
 from rlhf_recipes.ppo.advantages import (
     KLController,
@@ -51,6 +52,7 @@ from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rollout import WIDTHS, Rollout
 from rlhf_recipes.rewards import RESUME, checked
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles, check_adapter, disable_dropout
+from rlhf_recipes.runs.manifest import read_manifest, refuse_other_bases
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +177,8 @@ class PPOTrainer(GRPOTrainer):
     def _assign_roles(self, reward_adapters: list[Path]) -> Roles:
         """Add reference, reward and value to the policy, and settle what trains."""
         args, model = self.args, self.model
+        if stages := {folder: made["base"] for folder in reward_adapters if (made := read_manifest(folder))}:
+            refuse_other_bases(stages, fingerprint(model))
         roles = Roles(model, args.trunk, args.frozen_top)
         roles.add_copy(REFERENCE, POLICY)
         if reward_adapters:
@@ -182,17 +186,17 @@ class PPOTrainer(GRPOTrainer):
         if args.value_init == "reward" and reward_adapters:
             roles.add_copy(VALUE, REWARD)
             roles.add_head(VALUE).load_state_dict(roles.heads[REWARD].state_dict())
-        else:
+        elif args.value_init in ("reward", "sft"):
             roles.add_copy(VALUE, POLICY)
             roles.add_head(VALUE)
-            if args.value_init not in ("reward", "sft"):
-                roles.load(VALUE, Path(args.value_init))
+        else:
+            roles.hold(VALUE, [Path(args.value_init)])
         roles.train(POLICY, *([] if args.freeze_value else [VALUE]))
         shared = roles.find_trunk()
         if shared < roles.frozen_layers:
             logger.warning(
-                "%d of %d frozen layers are equal in all adapters and shared; the others differ, since an earlier "
-                "stage trained them (its `trunk` was smaller)",
+                "%d of %d frozen layers are equal in all adapters and shared; the others differ in scaling, or an "
+                "earlier stage trained them (its `trunk` was smaller)",
                 shared,
                 roles.frozen_layers,
             )
