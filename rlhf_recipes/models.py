@@ -32,7 +32,7 @@ from rlhf_recipes import world
 from rlhf_recipes.config import build
 from rlhf_recipes.data.formats import end_of_turn, is_conversational
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.roles import POLICY, REWARD, Roles
+from rlhf_recipes.roles import POLICY, REWARD, Roles, read_adapter_config
 from rlhf_recipes.runs import disk
 
 logger = logging.getLogger(__name__)
@@ -253,6 +253,8 @@ def load_policy(cfg: DictConfig, adapter: Path | None) -> PeftModel:
     Raises:
         UserError: the adapter was made for another base.
     """
+    if adapter is not None:
+        read_adapter_config(adapter)
     base = load_base(cfg)
     if adapter is None:
         return new_adapter(base, cfg).requires_grad_(False)
@@ -286,8 +288,8 @@ def load_reward_model(cfg: DictConfig, adapter: Path | None) -> PeftModel:
 
     PEFT refuses to load a causal LM's adapter on a classifier, so the tensors are put in by hand.
     """
+    config = build(LoraConfig, cfg.lora) if adapter is None else read_adapter_config(adapter)
     base = load_base(cfg, classifier=True)
-    config = build(LoraConfig, cfg.lora) if adapter is None else LoraConfig.from_pretrained(adapter)
     config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
     set_seed(cfg.seed)
     model = get_peft_model(base, config)
@@ -302,7 +304,7 @@ def load_scorer(cfg: DictConfig, adapter: Path) -> Roles:
     Raises:
         UserError: the adapter has no scalar head, or was made for another base.
     """
-    config = LoraConfig.from_pretrained(adapter)
+    config = read_adapter_config(adapter)
     config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
     roles = Roles(get_peft_model(load_base(cfg), config), trunk=0)
     roles.hold(REWARD, [adapter])

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trl.trainer.utils import pad, selective_log_softmax_and_entropy
 
+from rlhf_recipes.config.options import adapter_faults
 from rlhf_recipes.ensembles import Ensemble
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.logps import TokenLogps
@@ -535,10 +536,6 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Values of `init_lora_weights` (or how they begin) that take from the base's weights what they put in the adapter."""
-
-
 def check_adapter(config: PeftConfig | None) -> None:
     """Refuse an adapter that cannot stand beside others on one base.
 
@@ -551,18 +548,8 @@ def check_adapter(config: PeftConfig | None) -> None:
             f"{kind}: policy, reference, reward and value are LoRA adapters on one base. Use a LoraConfig "
             "(use_dora, use_rslora, rank_pattern and alpha_pattern may be set)."
         )
-    if config.bias != "none":
-        raise UserError(
-            f"bias={config.bias!r} trains the base's own biases, and all roles share the base: use bias='none' "
-            "(or lora_bias=True, whose biases are the adapter's)"
-        )
-    if str(config.init_lora_weights).lower().startswith(CHANGE_THE_BASE):
-        raise UserError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base's weights, and all roles and stages "
-            "share the base. Use true, gaussian, orthogonal or mica (use_rslora and use_dora are other ways to learn "
-            "faster); PEFT makes a plain adapter of one that was trained so by "
-            "`model.save_pretrained(folder, path_initial_model_for_weight_conversion=...)`."
-        )
+    if faults := adapter_faults(vars(config)):
+        raise UserError("; ".join(faults))
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -66,6 +66,12 @@ def test_an_unknown_key_gets_the_nearest_one_or_none(key: str, nearest: str | No
         (["training.report_to=[none,wandbb]"], "report_to=wandbb: expected one of"),
         (["evaluation.prompts=0"], "add training.eval_strategy=no"),
         (["reward=function"], "set reward.model, reward.functions or reward.url"),
+        (
+            ["lora.init_lora_weights=pissa_niter_4"],
+            "lora.init_lora_weights=pissa_niter_4: it changes the base's weights",
+        ),
+        (["lora.bias=all"], "lora.bias=all: it trains the base's own biases"),
+        (["training.gradient_checkpointing_kwargs={use_reentrant:true}"], "gives no gradients above frozen layers"),
     ],
 )
 def test_impossible_combinations_are_refused(overrides: list[str], fault: str) -> None:

@@ -1098,12 +1098,12 @@ def test_a_model_without_an_adapter_is_refused(tiny_llama, tokenizer, prompts):
         (VeraConfig(task_type="CAUSAL_LM"), "VERA is no LoRA"),
         (OFTConfig(task_type="CAUSAL_LM"), "OFT is no LoRA"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING is no LoRA"),
-        (LoraConfig(task_type="CAUSAL_LM", bias="all"), "bias='all' trains the base's own biases"),
+        (LoraConfig(task_type="CAUSAL_LM", bias="all"), "bias=all: it trains the base's own biases"),
         (
             LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa_niter_4"),
             "changes the base's weights.*conversion",
         ),
-        (LoraConfig(task_type="CAUSAL_LM", init_lora_weights="olora"), "Use true, gaussian, orthogonal"),
+        (LoraConfig(task_type="CAUSAL_LM", init_lora_weights="olora"), "use true, gaussian, orthogonal"),
     ],
 )
 def test_an_adapter_that_cannot_share_the_base_is_refused_before_a_model_is_loaded(prompts, config, message):

@@ -304,6 +304,9 @@ NOT_IN_PPO = {
 }
 """Fields of PPOConfig, inherited from TRL, that do nothing in PPO or break it, and why: refused, and not listed."""
 
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Values of `init_lora_weights` (or how they begin) that take from the base's weights what they put in the adapter."""
+
 # What --help shows besides the options that the recipe's own config sets.
 MOST_USED = (
     "learning_rate",
@@ -390,6 +393,24 @@ def unknown(recipe: str, key: str) -> str:
     return f"no such option; did you mean {' or '.join(near)}?" if near else "no such option"
 
 
+def adapter_faults(values: Mapping[str, Any]) -> list[str]:
+    """What keeps a LoRA adapter from standing beside others on one base. `values` are options of LoraConfig."""
+    found, init, bias = [], values.get("init_lora_weights"), values.get("bias", "none")
+    if bias != "none":
+        found.append(
+            f"bias={bias}: it trains the base's own biases, and all roles share the base; bias=none, or "
+            "lora_bias=true, whose biases are the adapter's"
+        )
+    if str(init).lower().startswith(CHANGE_THE_BASE):
+        found.append(
+            f"init_lora_weights={init}: it changes the base's weights, and all roles and stages share the base; use "
+            "true, gaussian, orthogonal or mica (use_rslora and use_dora are other ways to learn faster). PEFT makes a "
+            "plain adapter of one that was trained so by "
+            "`model.save_pretrained(folder, path_initial_model_for_weight_conversion=...)`"
+        )
+    return found
+
+
 def conflicts(values: Mapping[str, Any]) -> list[str]:
     """Combinations that cannot work, found before anything is loaded. `values` are those that were set, by full key."""
     four_bits, eight_bits = (values.get(f"quantization.load_in_{bits}bit", False) for bits in (4, 8))
@@ -403,6 +424,13 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
             found.append(f"{key}: only with 8 bits; add quantization=int8")
     if values.get("training.fp16") and values.get("training.bf16"):
         found.append("training.fp16 and training.bf16 exclude each other")
+    adapter = {key.removeprefix("lora."): value for key, value in values.items() if key.startswith("lora.")}
+    found += [f"lora.{fault}" for fault in adapter_faults(adapter)]
+    if (values.get("training.gradient_checkpointing_kwargs") or {}).get("use_reentrant") and values.get("trunk"):
+        found.append(
+            "training.gradient_checkpointing_kwargs: use_reentrant=true gives no gradients above frozen layers; leave "
+            "it out, or set trunk=0"
+        )
     found += _rollout_conflicts(values, quantized=four_bits or eight_bits)
     chosen = values.get("training.report_to") or []
     for dashboard in [chosen] if isinstance(chosen, str) else chosen:
