@@ -213,6 +213,34 @@ def test_the_nf4_preset_is_nf4_with_double_quantization() -> None:
     assert (built.load_in_4bit, built.bnb_4bit_quant_type, built.bnb_4bit_use_double_quant) == (True, "nf4", True)
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("sft", ["training.num_train_epochs=3"], "max_steps=90 decides .*; add training.max_steps=-1"),
+        ("ppo", ["training.num_train_epochs=3"], "max_steps=168 decides"),
+        ("dpo", ["model=qwen2.5-0.5b", "training.num_train_epochs=3", "training.max_steps=5"], "max_steps=5 decides"),
+        ("rm", ["start=model", "lora.modules_to_save=[lm_head]"], "lora.modules_to_save: no effect in a reward model"),
+        ("sft", ["training.save_only_model=true"], "save_only_model: .* cannot resume without optimizer"),
+    ],
+)
+def test_options_that_would_do_nothing_or_spoil_a_resume_are_refused_before_anything_is_loaded(
+    name: str, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        compose(name, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.num_train_epochs=3", "training.max_steps=-1"],
+        ["model=qwen2.5-0.5b", "training.num_train_epochs=3"],
+    ],
+)
+def test_options_that_have_an_effect_are_accepted(overrides: list[str]) -> None:
+    compose("sft", overrides)
+
+
 def test_build_refuses_options_that_the_class_would_ignore_in_silence() -> None:
     from transformers import BitsAndBytesConfig
 
@@ -224,7 +252,6 @@ def test_build_refuses_options_that_the_class_would_ignore_in_silence() -> None:
     ("name", "override", "message"),
     [
         ("ppo", "training.num_generations=3", "num_generations"),
-        ("ppo", "training.num_train_epochs=2", "num_train_epochs"),
         ("sft", "training.load_best_model_at_end=true", "load_best_model_at_end"),
     ],
 )

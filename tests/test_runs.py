@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -299,9 +300,9 @@ def trained(config, tiny_policy, tokenizer):
         **{"metric_for_best_model": "eval_loss", "greater_is_better": True, "report_to": "none", "disable_tqdm": True},
     }
 
-    def train(finish, load_best=True):
+    def train(finish, **options):
         with opened(config(), "sft") as stage:
-            args = SFTConfig(str(stage.checkpoints_dir), load_best_model_at_end=load_best, **settings)
+            args = SFTConfig(str(stage.checkpoints_dir), **{"load_best_model_at_end": True} | settings | options)
             trainer = SFTTrainer(
                 tiny_policy(), args, train_dataset=rows, eval_dataset=rows.select(range(4)), processing_class=tokenizer
             )
@@ -326,14 +327,25 @@ def test_the_newest_checkpoint_stays_until_the_stage_is_finished(trained):
 @pytest.mark.parametrize("best", [True, False])
 def test_a_training_that_had_ended_takes_no_step_more(trained, tmp_path, best):
     """The Trainer would take one: step 10 is in the middle of an epoch."""
-    stage, unbroken, _ = trained(finish=True, load_best=best)
+    stage, unbroken, _ = trained(finish=True, load_best_model_at_end=best)
     stage.path.rename(tmp_path / "unbroken")
-    trained(finish=False, load_best=best)
-    stage, resumed, _ = trained(finish=True, load_best=best)
+    trained(finish=False, load_best_model_at_end=best)
+    stage, resumed, _ = trained(finish=True, load_best_model_at_end=best)
     assert stage.state == "resume" and resumed.state.global_step == 10
     assert Made.read(tmp_path / "unbroken").fingerprint == Made.read(stage.path).fingerprint
     steps = [[row["step"] for row in trainer.state.log_history] for trainer in (unbroken, resumed)]
     assert steps[1] == steps[0][:-1]  # without the summary of the training, of which nothing was left
+
+
+def test_a_resume_with_smaller_micro_batches_goes_on_with_the_same_rows(trained, tmp_path):
+    options = {"load_best_model_at_end": False, "save_total_limit": 3}
+    stage, unbroken, _ = trained(finish=False, **options)
+    shutil.rmtree(stage.checkpoints_dir / "checkpoint-10")
+    smaller = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    stage, resumed, _ = trained(finish=False, **options, **smaller)
+    assert stage.resume_from.endswith("checkpoint-8")
+    for one, other in zip(unbroken.model.parameters(), resumed.model.parameters(), strict=True):
+        assert (one - other).abs().max() < 1e-4
 
 
 TRAINING = """

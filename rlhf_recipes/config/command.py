@@ -129,6 +129,7 @@ def _checked(recipe: str, overrides: Sequence[str], *, multirun: bool) -> tuple[
             except HydraException as error:
                 values, found = {}, [" ".join(f"{error} {error.__cause__ or ''}".split())]
             first = first or values
+            found += _without_effect(recipe, values, [o.lstrip("+").partition("=")[0] for o in overrides])
             faults += [fault for fault in found if fault not in faults]
     if faults:
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
@@ -239,6 +240,23 @@ def _examined(recipe: str, composed: DictConfig) -> tuple[dict[str, Any], list[s
                 faults += [f"{key}={value}: {wrong}"] if wrong else []
     faults += _data_faults(recipe, {key: value for key, value in values.items() if key.startswith("data.")})
     return values, faults + options.conflicts(values)
+
+
+def _without_effect(recipe: str, values: dict[str, Any], typed: Sequence[str]) -> list[str]:
+    """Options that somebody typed and that would do nothing, each with what to type."""
+    found = []
+    epochs, steps = "training.num_train_epochs", values.get("training.max_steps", -1)
+    if epochs in typed and recipe in options.TRAINING and steps > 0:
+        found.append(
+            f"{epochs}={values.get(epochs)}: no effect while training.max_steps={steps} decides (a preset may have set "
+            "it); add training.max_steps=-1"
+        )
+    if "lora.modules_to_save" in typed and recipe == "rm":
+        found.append(
+            "lora.modules_to_save: no effect in a reward model, whose one module trained in full is its scalar head; "
+            "leave it out"
+        )
+    return found
 
 
 def _data_faults(recipe: str, values: dict[str, Any]) -> list[str]:

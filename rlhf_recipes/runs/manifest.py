@@ -39,7 +39,7 @@ NEUTRAL = (
     *("run", "runs_dir", "overwrite", "data.*"),
     *("training.output_dir", "training.logging_*", "training.log_*", "training.report_to", "training.run_name"),
     *("training.project", "training.trackio_*", "training.push_to_hub", "training.hub_*", "training.disable_tqdm"),
-    *("training.save_steps", "training.save_strategy", "training.save_total_limit", "training.save_only_model"),
+    *("training.save_steps", "training.save_strategy", "training.save_total_limit"),
     *("training.dataloader_num_workers", "training.dataloader_pin_memory", "training.dataloader_prefetch_factor"),
     *("training.dataloader_persistent_workers", "training.dataset_num_proc", "training.skip_memory_metrics"),
     *("training.num_completions_to_print", "training.per_device_eval_batch_size", "training.eval_accumulation_steps"),

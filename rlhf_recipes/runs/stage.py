@@ -138,15 +138,8 @@ class Stage:
                 f"Cannot write to {path}: {error.strerror}. Mend that, or set runs_dir=<another folder>."
             ) from error
         if lock and not overwrite and (now := read_manifest(path)) and now["status"] == "finished":
-            lock.close()  # another process finished it just before the lock was ours
-            return cls.open(
-                cfg,
-                name,
-                predecessors=predecessors,
-                others=others,
-                data_fingerprint=data_fingerprint,
-                overrides=overrides,
-            )
+            lock.close()
+            raise UserError(f"{path} has just been finished by another process: run the command again.")
         stage = cls(name, path, "start", wanted, "", predecessors=before, _lock=lock)
         try:
             stage._begin(overwrite)
