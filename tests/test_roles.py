@@ -46,6 +46,20 @@ def test_a_window_of_layers_trains_where_the_top_is_frozen_too(tiny_policy):
     assert {name.split(".layers.")[1][0] for name in trainable(roles)} == {"1"}
 
 
+def test_embeddings_of_chosen_tokens_train_with_the_adapter_and_are_copied_with_it(tiny_llama):
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=[7, 8])
+    roles = Roles(get_peft_model(tiny_llama(), lora), trunk=0.5)
+    roles.train(POLICY)
+    (name,) = (name for name in trainable(roles) if "trainable_tokens_delta" in name)
+    before = dict(roles.model.named_parameters())[name].clone()
+    roles.model(input_ids=IDS, labels=IDS).loss.backward()
+    torch.optim.SGD(roles.trained[POLICY], lr=1.0).step()
+    assert (dict(roles.model.named_parameters())[name] != before).any(dim=-1).all()
+    roles.add_copy(REFERENCE, POLICY)
+    policy, reference = (roles.parameters(adapter) for adapter in (POLICY, REFERENCE))
+    assert all(torch.equal(policy[key], reference[key]) for key in policy) and policy.keys() == reference.keys()
+
+
 def test_switching_adapters_in_any_way_leaves_what_is_trainable_as_it_was(roles):
     before = trainable(roles)
     with roles.active(REWARD):
