@@ -47,6 +47,7 @@ def make_trainer(tmp_path, tiny_policy, tokenizer, prompts):
             "learning_rate": 1e-2,
             "value_learning_rate": 1e-2,
             "value_pretraining_passes": 0,
+            "value_num_iterations": None,
             "bf16": False,
             "use_cpu": True,
             "report_to": "none",
@@ -728,7 +729,7 @@ class Overflow(TrainerCallback):
 @pytest.mark.parametrize("role", [POLICY, VALUE])
 def test_with_fp16_one_gradient_that_overflows_costs_one_step(make_trainer, role):
     overflow = Overflow(role, step=2)
-    overflow.trainer = trainer = make_trainer(max_steps=6, value_num_iterations=None, callbacks=[overflow])
+    overflow.trainer = trainer = make_trainer(max_steps=6, callbacks=[overflow])
     trainer.train()
     assert overflow.moved == [set() if step == 2 else {"def", "val"} for step in range(6)]
     assert all(weight.isfinite().all() for weight in weights(trainer, POLICY, VALUE).values())

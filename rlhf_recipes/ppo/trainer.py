@@ -731,18 +731,17 @@ class PPOTrainer(GRPOTrainer):
             return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's; over the KL budget the `objective` of an evaluation, reward - beta KL, is -inf."""
-        kl = self._metrics["eval"].get("kl")
+        """TRL's; over the KL budget the `objective` of an evaluation, reward - beta KL, is -inf.
+
+        Raises:
+            UserError: no completion of an evaluation got a score.
+        """
+        objective, kl = map(self._metrics["eval"].get, ("objective", "kl"))
+        if objective and all(map(math.isnan, objective)):
+            raise self._nothing_scored()
         if self.args.kl_budget is not None and kl and fmean(kl) > self.args.kl_budget:
             self._metrics["eval"]["objective"] = [-math.inf]
         super().log(logs, start_time)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; an evaluation without a single score is an error, before anything is decided by it."""
-        output = super().evaluation_loop(*args, **kwargs)
-        if all(map(math.isnan, self._metrics["eval"]["objective"])):
-            raise self._nothing_scored()
-        return output
 
     def _nothing_scored(self) -> UserError:
         names = ", ".join(f"`{name}`" for name in self.reward_func_names)
