@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from trl.trainer import dpo_trainer, reward_trainer
 from trl.trainer.utils import pad
+
+from rlhf_recipes.roles import POLICY, Roles, check_adapter, disable_dropout
 
 Batch = dict[str, Any]
 
@@ -38,7 +41,14 @@ class PairDPOTrainer(DPOTrainer):
     def __init__(self, model: Any, args: DPOConfig, *, processing_class: PreTrainedTokenizerBase, **kwargs: Any):
         args.remove_unused_columns = False
         collator = _DPOCollator(processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
+        if isinstance(model, PeftModel):
+            check_adapter(model.peft_config.get(POLICY))
+            if args.disable_dropout:
+                disable_dropout(model)
+            # TRL's copy of the policy, its reference, leaves out what an adapter has on the embeddings
+            model.add_adapter = lambda name, _: Roles(model, trunk=0).add_copy(name, POLICY)
         super().__init__(model, args=args, data_collator=collator, processing_class=processing_class, **kwargs)
+        self.model.__dict__.pop("add_adapter", None)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # TRL's own would tokenize again, user turns and what follows EOS included

@@ -116,7 +116,7 @@ class Roles:
             self.model.delete_adapter(adapter)
         config = copy.copy(config)
         config.init_lora_weights = True  # some initializations would change the base
-        self.model.add_adapter(adapter, config)
+        type(self.model).add_adapter(self.model, adapter, config)
         self.full_precision(adapter)
         _leave_casts_to_autocast(self.model)
 
@@ -173,10 +173,11 @@ class Roles:
         configs = config, self.model.peft_config[adapter]
         scaling, own_scaling = ({name: getattr(c, name) or None for name in SCALING} for c in configs)
         for there, here in ((shapes, wanted), (scaling, own_scaling)):
-            for name in sorted(n for n in there.keys() | here.keys() if there.get(n) != here.get(n)):
+            if there != here:
+                name = min(n for n in there.keys() | here.keys() if there.get(n) != here.get(n))
                 raise UserError(
                     f"the adapter in {folder} does not fit: {name} is {there.get(name, 'missing')} there and "
-                    f"{here.get(name, 'missing')} in this model. They are fixed where the SFT adapter is made, as the "
+                    f"{here.get(name, 'missing')} in this model. It is fixed where the SFT adapter is made, as the "
                     "base is."
                 )
         set_peft_model_state_dict(self.model, own_head | saved, adapter_name=adapter)

@@ -1,5 +1,7 @@
 """Pairs in TRL's trainers: which of their tokens are compared, and how much each pair counts."""
 
+import math
+
 import pytest
 import torch
 from datasets import Dataset
@@ -46,6 +48,32 @@ def gradient(trainer, examples):
     trainer.model.zero_grad()
     trainer.compute_loss(trainer.model, trainer.data_collator(examples)).backward()
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ],
+)
+def test_the_reference_is_the_policy_at_the_start_whatever_the_adapter_sits_on(
+    tiny_llama, tokenizer, tmp_path, adapter, precompute
+):
+    base = tiny_llama()
+    for layer in base.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model = get_peft_model(base, LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **adapter))
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    args = DPOConfig(str(tmp_path), **COMMON, precompute_ref_log_probs=precompute)
+    rows = data.comparisons(Dataset.from_list(ROWS), tokenizer)
+    trainer = PairDPOTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    loss = trainer.compute_loss(model.train(), trainer.data_collator(list(trainer.train_dataset)))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("recipe", ["rm", "dpo"])
