@@ -142,12 +142,17 @@ def uninterrupted(case: Case, folder: Path, *, fresh: bool) -> float:
             subprocess.run([sys.executable, "-m", f"recipes.{stage}", *made.command(folder, case.whole)], check=True)
         if stage == case.stage:
             break
-    known = folder / f"seconds-{case.stage}-{case.whole}{'-fresh' * fresh}.json"
+    known = duration_file(case, folder, fresh=fresh)
     if not known.exists():
         begun = time.monotonic()
         end(start(case, folder, clone(case, folder, "timed"), fresh=fresh))
         known.write_text(json.dumps(time.monotonic() - begun))
     return float(json.loads(known.read_text()))
+
+
+def duration_file(case: Case, folder: Path, *, fresh: bool) -> Path:
+    """Where the seconds are kept that the stage takes when nothing interrupts it."""
+    return folder / f"seconds-{case.stage}-{case.whole}{'-fresh' * fresh}.json"
 
 
 def clone(case: Case, folder: Path, run: str) -> str:
@@ -193,15 +198,16 @@ def end(process: Any, seconds: float | None = None) -> int | None:
 
 def interrupted(case: Case, folder: Path, chance: random.Random, *, fresh: bool) -> Repeat:
     """Kill a run of the case at a random moment, resume it, and compare."""
-    whole = uninterrupted(case, folder, fresh=fresh)
     while True:
-        run, moment = clone(case, folder, "interrupted"), chance.uniform(0, whole)
+        run, moment = clone(case, folder, "interrupted"), chance.uniform(0, uninterrupted(case, folder, fresh=fresh))
         folder.joinpath(f"{run}.log").unlink(missing_ok=True)
-        process = start(case, folder, run, fresh=fresh)
+        process, begun = start(case, folder, run, fresh=fresh), time.monotonic()
         if end(process, moment) is None:
             process.kill()
             end(process)
-            break  # else it had ended before: another moment
+            break
+        # it had ended before: on a machine that is less busy now, moments are drawn from a shorter time
+        duration_file(case, folder, fresh=fresh).write_text(json.dumps(time.monotonic() - begun))
     phase = met(folder / run / case.stage)
     if code := end(start(case, folder, run, fresh=fresh)):
         said = (folder / f"{run}.log").read_text().strip().splitlines()[-1:]

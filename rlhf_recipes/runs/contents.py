@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_recipes import world
+from rlhf_recipes.errors import UserError
 from rlhf_recipes.runs import disk
 
 NAMING = (  # keys whose values may be files, folders, or functions in files
     *("model.name_or_path", "model.chat_template", "training.value_init"),
     *("reward.model*", "reward.functions*", "guard.model*", "guard.functions*"),
 )
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-OTHERS = (
+BESIDE_WEIGHTS = (
     *("*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("chat_template*", "*.py", "head.json"),
 )
@@ -67,11 +67,11 @@ def _model(name: Any, revision: str | None) -> str | None:
 
 
 def _folder(folder: Path) -> str | None:
-    """The fingerprint of a model's or an adapter's files; None if there are no weights.
+    """The fingerprint of a model's or an adapter's files; None if there are none.
 
     Those of a stage are known by its manifest, and PEFT writes `adapter_config.json` in another order each time.
     """
-    weights = next((pattern for pattern in WEIGHTS if any(folder.glob(pattern))), None)
-    if weights is None or (folder / "manifest.json").exists():
+    try:
+        return None if (folder / "manifest.json").exists() else disk.fingerprint_weights(folder, *BESIDE_WEIGHTS)
+    except UserError:
         return None
-    return disk.fingerprint_files(folder, weights, *OTHERS)

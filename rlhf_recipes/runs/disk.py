@@ -92,13 +92,14 @@ def fingerprint_files(folder: Path | str, *patterns: str) -> str:
     return hash_value({p.name: hash_file(p, sampled=True) for p in files})
 
 
-def fingerprint_weights(folder: Path | str) -> str:
-    """Fingerprint of the weights in a folder.
+def fingerprint_weights(folder: Path | str, *others: str) -> str:
+    """Fingerprint of the weights in a folder, and of files that match the other patterns.
 
     Raises:
         UserError: there are none.
     """
-    return fingerprint_files(folder, "*.safetensors" if any(Path(folder).glob("*.safetensors")) else "*.bin")
+    weights = "*.safetensors" if any(Path(folder).glob("*.safetensors")) else "*.bin"
+    return fingerprint_files(folder, weights, *others)
 
 
 def acquire(path: Path) -> IO[str]:
