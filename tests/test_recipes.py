@@ -132,7 +132,7 @@ def test_metrics_are_json_with_the_figures_of_each_stage(chain):
     assert rm.keys() == measured
     assert rm["scale"] == chain.json("rm", "head.json")
     assert {"accuracies", "margins", "sft", "dpo", "change"} == dpo.keys()
-    assert {"objective", "sft", "ppo", "change"} <= ppo.keys() and isinstance(ppo["objective"], float)
+    assert {"objective", "kept", "sft", "ppo", "change"} <= ppo.keys() and isinstance(ppo["objective"], float)
     for metrics, policies in ((sft, ("base", "sft")), (dpo, ("sft", "dpo")), (ppo, ("sft", "ppo"))):
         for policy in policies:
             assert compared <= metrics[policy].keys(), policy
@@ -466,8 +466,9 @@ def test_eval_measures_every_policy_of_the_run_and_the_best_of_n(compared):
     wins = [(row["policy"], row["judge"], row["evidence"]) for row in metrics["win_rates"]]
     others = ("base", "dpo", "ppo", "best-of-2", "best-of-4")
     assert wins == [(p, j, e) for j, e in (("gold", True), ("the run's reward model", False)) for p in others]
-    assert all(low <= mean <= high for row in metrics["win_rates"] for mean, low, high in [row["win_rate"]])
+    assert all(low <= mean <= high for row in metrics["win_rates"] for mean, low, high, *_ in [row["win_rate"]])
     assert metrics["reward_model"]["accuracy"] == json.loads((folder / "rm/metrics.json").read_text())["accuracy"]
+    assert metrics["kept"] == {"ppo": json.loads((folder / "ppo/metrics.json").read_text())["kept"]}
     assert "no evidence" in output and "at equal length" in output
 
 
