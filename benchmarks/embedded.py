@@ -24,6 +24,7 @@ SEEDS = (0, 1, 2, 3, 4)
 STAGES = ("sft", "rm", "dpo", "ppo")
 MEASURES = ("gold", "helpful", "honest", "harmless", "KL to SFT", "length")
 POLICIES = ("sft", "dpo", "ppo")
+SAMPLES = 16  # of each held-out prompt, for the tables of the stages
 COMPARED = 8  # samples of each held-out prompt, for win rates
 RANKINGS = 12  # of each held-out prompt, to measure reward models on
 LOOKED = 8  # samples of each held-out prompt, for the checkpoints that PPO looked at
@@ -35,7 +36,7 @@ def main(runs_dir: str = "runs/benchmark") -> None:
     terminal.quiet()
     for seed in SEEDS:
         for stage in STAGES:
-            options = [f"run=seed{seed}", f"seed={seed}", f"runs_dir={runs_dir}", "evaluation.samples=64"]
+            options = [f"run=seed{seed}", f"seed={seed}", f"runs_dir={runs_dir}", f"evaluation.samples={SAMPLES}"]
             all_kept = ["training.save_total_limit=100"] * (stage == "ppo")  # they are measured again below
             subprocess.run([sys.executable, "-m", f"recipes.{stage}", *options, *all_kept], check=True)
         compared = [*options[:3], f"evaluation.samples={COMPARED}", f"eval.policies=[{','.join(POLICIES)}]"]
@@ -63,7 +64,7 @@ def report(runs: Path) -> str:
             "",
             *made_with("embedded", manifest),
             "",
-            "192 held-out prompts, 64 samples each at temperature 1; ± is half of the 95% interval over prompts.",
+            f"192 held-out prompts, {SAMPLES} samples each at temperature 1; ± is half of the 95% interval over them.",
             "`gold` is the mean of helpful, honest and harmless. The changes are taken prompt by prompt.",
             "",
             "| seed | policy | " + " | ".join(MEASURES) + " |",

@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 SKIPPED = 1
 """Iterations that the timing leaves out: the first holds the loading, and in ours the pretraining of the critic."""
 
-TRAINED = "- **Trained**: LoRA in all layers, by policy and critic; where the row says so, in the upper half of them."
+TRAINED = """\
+- **Trained**: LoRA in all layers, by policy and critic; where the row says so, in the upper half of them. Our critic
+  trains in the first of the two passes, and in four over the first iteration before the policy's first step."""
 
 
 @dataclass(frozen=True)
