@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from rlhf_recipes.config.options import TRAINING
-from rlhf_recipes.figures import duration, few, number
+from rlhf_recipes.figures import FEW, duration, few, number
 from rlhf_recipes.report import plots
 from rlhf_recipes.report.content import (
     Block,
@@ -102,7 +102,8 @@ def results(run: Run) -> list[Block]:
         note += f" Evaluated on {prompts['count']:,} prompts, {prompts.get('samples', 1)} completions each"
         rest = [name for name in found if name not in run.evaluation["policies"]]
         note += f"; {', '.join(rest)} as measured at the end of the stage." if rest else "."
-        note += f" Rough intervals{mark}." if (mark := few(prompts["count"])) else ""
+    asked = prompts.get("count") or min((len(stage.samples) for stage in run.finished if stage.samples), default=FEW)
+    note += f" Rough intervals{few(asked)}." if few(asked) else ""
     for stage in run.finished:
         if "kept" in stage.metrics and stage.name in found:
             note += f" {stage.name} is the {stage.metrics['kept']} at held-out data, which flatters it there a little."
