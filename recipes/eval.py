@@ -4,8 +4,9 @@
     make eval EVAL_ARGS="judge=local judge.model=Qwen/Qwen2.5-7B-Instruct eval.prompts=hhh"
     make eval EVAL_ARGS="judge=endpoint judge.url=http://localhost:8000/v1 judge.model=qwen"
 
-Win rates are against SFT, with 95% intervals over prompts. The reward model that PPO optimised is shown, and marked as
-no evidence. What was answered and judged is kept in runs/<run>/eval/: with another judge, only the judge is asked.
+Win rates are against SFT, with 95% intervals over prompts. What a policy was trained on, by its manifest, is shown as a
+judge of it, and marked as no evidence. What was answered and judged is kept in runs/<run>/eval/: with another judge,
+only the judge is asked.
 """
 
 from pathlib import Path
@@ -34,7 +35,7 @@ def compare(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     measured = findings.of_run(cfg, run, pairs, tasks)
     run.free()  # before a judge comes into memory
 
-    deciding = [*judges.after_answers(cfg, answers, folder / "replies"), *endpoint]
+    deciding = [*judges.after_answers(cfg, compared, answers, folder / "replies"), *endpoint]
     metrics = findings.gather(cfg, compared, asked, answers, deciding) | measured
     disk.write_json(folder / "samples.json", findings.samples(cfg, answers))
     disk.write_json(folder / "metrics.json", metrics)

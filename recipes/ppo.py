@@ -20,7 +20,7 @@ from rlhf_recipes.runs import Stage
 def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     """Train, measure and save; returns the figures of `metrics.json`."""
     reward = rewards.from_config(cfg.reward, stage.adapter("rm"))
-    unseen = guard.from_config(cfg, stage.adapter("rm"), reward)
+    unseen = guard.from_config(cfg, stage.adapter("rm"))
     rows = data.load(cfg.data, "prompts", cfg.seed)
     asked = data.heldout_prompts(cfg, rows.test)
     taught = data.load(cfg.data, "sft", cfg.seed) if "ptx_coef" in cfg.training else None
@@ -51,7 +51,9 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     best = {args.metric_for_best_model: trainer.state.best_metric}
     best |= evaluation.kept(trainer)
     figures = best | {"stopped": trainer.stop_reason or watched.stop_reason} | watched.figures
-    changes = evaluation.changes(cfg, asked, trainer.roles, tokenizer, {cfg.start: REFERENCE, "ppo": POLICY})
+    reward.functions = trainer.reward_funcs[bool(reward.adapters) :]  # classifiers as they are loaded
+    compared = {cfg.start: REFERENCE, "ppo": POLICY}
+    changes = evaluation.changes(cfg, asked, trainer.roles, tokenizer, compared, reward)
     log = trainer.state.log_history
     stage.finish(figures | changes.figures, save=trainer.save_model, samples=changes.samples, log=log)
     terminal.summary(stage, "PPO adapter and critic", figures, changes)

@@ -18,6 +18,8 @@ def number(value: object) -> str:
     match value:
         case None:
             return "-"
+        case (None, _):  # NaN or infinite, as a file holds it
+            return "NaN"
         case (float() | int() as mean, None):  # one observation has no interval
             return number(mean)
         case (float() | int() as mean, float() | int() as half):
@@ -31,6 +33,8 @@ def number(value: object) -> str:
             return str(value)
         case int():
             return f"{value:,}"
+        case float() if value != value:
+            return "NaN"
         case float():
             return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
     return str(value)

@@ -18,8 +18,8 @@ import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,18 @@ class Rewards:
     adapters: list[Path] = field(default_factory=list)
     functions: list[Any] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of the sources, as `weights`
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a section: a reward model or an ensemble of them, a function, or an endpoint."""
+
+    key: str  # of the section that names it: `model`, `functions` or `url`
+    name: str  # as tables call it
+    marks: dict[str, str]  # what identifies it, or each member of an ensemble, with how the section calls that
+    weight: float
+    section: dict[str, Any]  # one that asks for nothing else
 
 
 def from_config(cfg: DictConfig, run_model: Path | None, section: str = "reward") -> Rewards:
@@ -111,7 +123,41 @@ def from_config(cfg: DictConfig, run_model: Path | None, section: str = "reward"
         faults.append(f"{section}.weights has {len(rewards.weights)} numbers for {len(weights)} sources of reward")
     if faults:
         raise UserError("\n".join(faults))
+    rewards.names = [source.name for source in sources(cfg, run_model)]
     return rewards
+
+
+def sources(section: Mapping[str, Any], run_model: Path | None) -> list[Source]:
+    """The sources of a `reward` or `guard` section, read from a config or a manifest; nothing is loaded."""
+    found: list[Source] = []
+
+    def add(key: str, value: Any, name: str, marks: dict[str, str], weight: float = 1.0) -> None:
+        taken = {source.name for source in found}
+        name = next(n for n in (name, *marks.values(), f"{name} {len(found)}") if n not in taken)
+        alone = dict.fromkeys(("model", "functions", "url", "weights")) | {"min_accuracy": 0.0, key: value}
+        found.append(Source(key, name, marks, weight, alone))
+
+    if models := named_models(section["model"]):
+        folders = [run_model if name == RUN else Path(name) for name in models]
+        add("model", section["model"], "reward_model", {mark(f): str(f) for f in folders if f is not None})
+    for item in section["functions"] or []:
+        path, weight = (item, 1.0) if isinstance(item, str) else (item["path"], item.get("weight", 1.0))
+        add("functions", [path], path.rpartition(":")[2], {function_mark(path): path}, weight)
+    if section["url"] is not None:
+        shown = shown_url(section["url"])
+        add("url", section["url"], shown, {shown: shown})
+    weights = section["weights"] or [source.weight for source in found]
+    return [replace(source, weight=float(weight)) for source, weight in zip(found, weights, strict=True)]
+
+
+def optimized(manifest: Mapping[str, Any], run_model: Path | None) -> frozenset[str]:
+    """What identifies the rewards that a stage was trained on, as its manifest says; empty for one without rewards.
+
+    Args:
+        run_model: folder of the reward model of its run.
+    """
+    section = manifest["config"].get("reward")
+    return frozenset(mark for source in (sources(section, run_model) if section else []) for mark in source.marks)
 
 
 def named_models(model: str | Sequence[str] | None) -> list[str]:
@@ -186,6 +232,8 @@ def function(path: str) -> RewardFunction:
 def called(function: RewardFunction, made: "Sequence[Sample]") -> list[float | None]:
     """The scores of samples by a reward function, called as TRL calls it; it may be a coroutine.
 
+    The other columns of the samples' rows are passed, too.
+
     Raises:
         UserError: as `checked`.
     """
@@ -196,6 +244,7 @@ def called(function: RewardFunction, made: "Sequence[Sample]") -> list[float | N
             for s in made
         ],
         completion_ids=[s.completion_ids for s in made],
+        **{name: [s.columns.get(name) for s in made] for name in dict.fromkeys(n for s in made for n in s.columns)},
     )
     return list(asyncio.run(scores) if inspect.iscoroutine(scores) else scores)
 
@@ -277,6 +326,13 @@ def mark(folder: Path) -> str:
     """What identifies a reward adapter: equal for equal weights, wherever they lie."""
     file = folder / WEIGHTS
     return disk.hash_file(file) if file.exists() else str(folder.resolve())
+
+
+def function_mark(path: str) -> str:
+    """What identifies a function, however its file is named: `rewards:f`, `rewards.py:f`, `./rewards.py:f` are one."""
+    place, _, name = path.rpartition(":")
+    file = Path(place if place.endswith(".py") else place.replace(".", "/") + ".py")
+    return f"{file.resolve()}:{name}" if file.is_file() else path
 
 
 def shown_url(url: str) -> str:

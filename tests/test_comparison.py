@@ -1,5 +1,6 @@
 """What `make eval` is made of: win rates and text measures against oracles, judges against a real server."""
 
+import functools
 import json
 import math
 import shutil
@@ -16,9 +17,9 @@ from scipy.stats import binomtest, bootstrap
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoTokenizer
 
-from rlhf_recipes import world
+from rlhf_recipes import rewards, world
 from rlhf_recipes.comparison import asking, findings, harness, judges, policies, reward_bench, texts, wins
-from rlhf_recipes.comparison.answers import Answers, RunModels, _drawn_alone, _key
+from rlhf_recipes.comparison.answers import Answers, RunModels, _drawn_alone, _key, _rewards
 from rlhf_recipes.config import compose
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.evaluation import Sample
@@ -486,6 +487,8 @@ def test_answers_of_another_base_in_the_same_folder_are_not_taken_for_its_own(tm
 
 # ---- judges that score
 
+NOTHING = policies.Compared([], "sft")
+
 
 def answers(name, completions, rewards=None):
     made = [Sample(prompt, text, [1], [2] * len(text.split())) for prompt, text in completions]
@@ -495,17 +498,6 @@ def answers(name, completions, rewards=None):
 def test_scores_compare_sample_by_sample_and_a_missing_score_is_no_verdict():
     judge = judges.Scores("s", {"a": [1.0, 2.0, None, 3.0], "b": [0.0, 2.0, 1.0, 4.0]})
     assert judge.verdicts(answers("a", []), answers("b", [])) == [1, 0.5, None, 0]
-
-
-def test_the_reward_model_that_was_optimised_is_no_evidence_and_gold_is(tmp_path):
-    cfg = compose("eval")
-    row = world.demonstrations()["test"][0]
-    found = {name: answers(name, [(row["prompt"], row["completion"])], [1.0]) for name in ("sft", "ppo")}
-    by_name = {judge.name: judge for judge in judges.after_answers(cfg, found, tmp_path)}
-    assert by_name["gold"].evidence and not by_name[judges.FROM_RUN].evidence
-    told = findings.win_rates(found, "sft", [*by_name.values()], [None], 1)
-    assert [row["evidence"] for row in told] == [True, False]
-    assert told[0]["win_rate"][0] == 0.5
 
 
 def test_wins_are_told_with_ties_as_half_and_without_them():
@@ -544,7 +536,9 @@ def scoring(tmp_path, body):
 
 def test_a_function_scores_the_answers(tmp_path):
     found = {"a": answers("a", [("p", "one two three"), ("p", "one")]), "b": answers("b", [("p", "one"), ("p", "one")])}
-    (judge,) = judges.after_answers(scoring(tmp_path, "[len(c.split()) for c in completions]"), found, tmp_path)
+    (judge,) = judges.after_answers(
+        scoring(tmp_path, "[len(c.split()) for c in completions]"), NOTHING, found, tmp_path
+    )
     assert judge.verdicts(found["a"], found["b"]) == [1, 0.5]
 
 
@@ -565,7 +559,7 @@ def test_a_judge_that_scores_no_answer_of_a_policy_is_refused(nothing):
 def test_a_function_that_fails_is_told(tmp_path, body, told):
     found = {"a": answers("a", [("p", "one two three"), ("p", "one")])}
     with pytest.raises(UserError, match=told):
-        judges.after_answers(scoring(tmp_path, body), found, tmp_path)
+        judges.after_answers(scoring(tmp_path, body), NOTHING, found, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -586,18 +580,33 @@ def test_what_is_wrong_with_a_judge_is_told_before_anything_is_loaded(overrides,
 # ---- which policies, which prompts
 
 
-def run_with(tmp_path, **stages):
-    """A run folder with finished stages, as far as their manifests go."""
+def run_with(tmp_path, *reward, run="r", **stages):
+    """A run folder with finished stages, as far as their manifests go; PPO's rewards by overrides."""
     from rlhf_recipes.runs import Stage
 
     for name, before in stages.items():
-        cfg = compose("ppo", ["run=r", f"runs_dir={tmp_path}"])
-        with Stage.open(cfg, name, predecessors=before, data_fingerprint={}, overrides=[]) as stage:
+        cfg = composed(name, tmp_path, run, *(reward if name == "ppo" else ()))
+        read = {"sources": "preferences"} if name in ("rm", "dpo") else {}
+        with Stage.open(cfg, name, predecessors=before, data_fingerprint=read, overrides=[]) as stage:
             stage.finish(
                 {"accuracy": [0.7, 0.01], "calibration_error": 0.02, "pairs": 9},
-                save=lambda folder, name=name: (Path(folder) / "adapter_model.safetensors").write_text(name),
+                save=lambda folder, name=name: adapter(folder, name + run),
             )
-    return lambda *overrides: policies.resolve(compose("eval", ["run=r", f"runs_dir={tmp_path}", *overrides]))
+    return lambda *overrides: policies.resolve(composed("eval", tmp_path, run, *overrides))
+
+
+compose_once = functools.cache(lambda recipe, *overrides: compose(recipe, overrides))  # it takes a while
+
+
+def composed(recipe, folder, run, *overrides):
+    cfg = compose_once(recipe, *overrides).copy()
+    cfg.runs_dir, cfg.run = str(folder), run
+    return cfg
+
+
+def adapter(folder, weights):
+    (Path(folder) / "adapter_config.json").write_text("{}")
+    (Path(folder) / "adapter_model.safetensors").write_text(weights)
 
 
 def test_the_base_and_all_finished_stages_are_compared_by_default(tmp_path):
@@ -626,7 +635,6 @@ def test_other_models_are_named_by_folder_or_hub_id_and_the_baseline_comes_along
         (["eval.policies=[pop]"], "pop is no policy. There are base, sft"),
         (["eval.policies=[dpo]"], "dpo is missing. Make it first: make dpo"),
         (["eval.baseline=dpo"], "eval.baseline=dpo is none of the policies: base, sft"),
-        (["eval.best_of=[1,4]"], r"eval.best_of=\[1\]: a best of n wants n of 2 or more"),
         (["eval.policies=[{tmp_path}]"], "holds no model and no adapter"),
     ],
 )
@@ -661,6 +669,135 @@ def test_a_bad_line_of_a_prompts_file_is_named(tmp_path, line, told):
 def test_the_bound_of_best_of_n_by_hand():
     """log 4 - 3/4."""
     assert policies.best_of_kl(4) == pytest.approx(1.3862943611 - 0.75)
+
+
+# ---- what a policy was trained on is no evidence for it
+
+WHOLE = {"sft": (), "rm": ("sft",), "dpo": ("sft",), "ppo": ("sft", "rm")}
+NO_MODEL = {"sft": (), "ppo": ("sft",)}
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """Reward functions in the folder that the commands are typed in."""
+    monkeypatch.chdir(tmp_path)
+    body = "def {0}(completions, **kwargs):\n    return [{1} for c in completions]\n"
+    text = [body.format("brevity", "-len(c)"), body.format("words", "len(c.split())")]
+    text.append(
+        "def right(completions, answer, **kwargs):\n    return [float(c == a) for c, a in zip(completions, answer)]\n"
+    )
+    Path("mine.py").write_text("".join(text))
+
+
+def evidence(compared, *overrides, baseline="sft"):
+    """Whether each judge is evidence for each policy, where all of them score what the run's rewards measure."""
+    names = [*(policy.name for policy in compared.policies), *map(policies.best_of_name, compared.best_of)]
+    found = {name: answers(name, [("p", "one")]) for name in names}
+    for of in found.values():
+        of.measured = {reward.measure: [1.0] for reward in compared.rewards}
+    cfg = compose_once("eval", "eval.prompts=hhh", *overrides)
+    asked = judges.after_answers(cfg, compared, found, Path("replies"))
+    rows = findings.win_rates(found, baseline, asked, [None], 1, optimized=compared.optimized)
+    return {(row["policy"], row["judge"]): row["evidence"] for row in rows}
+
+
+def test_the_reward_model_that_ppo_optimised_is_no_evidence_for_it_and_for_what_it_picked(tmp_path):
+    found = evidence(run_with(tmp_path, **WHOLE)())
+    assert found == {
+        ("base", judges.FROM_RUN): True,
+        ("dpo", judges.FROM_RUN): False,  # it learned the same pairs
+        ("ppo", judges.FROM_RUN): False,
+        ("best-of-4", judges.FROM_RUN): False,
+    }
+    compared = run_with(tmp_path)()
+    assert not any(evidence(compared, baseline="ppo").values()), "nor where it judges against PPO"
+
+
+def test_gold_is_evidence_unless_it_was_the_reward(tmp_path):
+    compared = run_with(tmp_path, "reward=function", f"reward.functions=[{judges.GOLD}]", **NO_MODEL)()
+    row = world.demonstrations()["test"][0]
+    found = {name: answers(name, [(row["prompt"], row["completion"])]) for name in ("sft", "base", "ppo")}
+    (judge,) = judges.after_answers(compose("eval"), compared, found, tmp_path)
+    told = findings.win_rates(found, "sft", [judge], [None], 1, optimized=compared.optimized)
+    assert [(row["policy"], row["evidence"]) for row in told] == [("base", True), ("ppo", False)]
+
+
+def test_a_function_that_ppo_optimised_is_no_evidence_and_a_reward_model_it_never_saw_is(tmp_path, mine):
+    made = {**WHOLE, "ppo": ("sft",)}
+    compared = run_with(tmp_path, "reward=function", "reward.functions=[mine.py:brevity]", **made)()
+    found = evidence(compared)
+    assert found["ppo", judges.FROM_RUN] and not found["ppo", "mine.py:brevity"]
+    assert found["dpo", "mine.py:brevity"] and not found["best-of-4", "mine.py:brevity"]
+    for same in ("mine.py:brevity", "mine:brevity", f"{tmp_path}/mine.py:brevity"):
+        assert not evidence(compared, "judge=function", f"judge.function={same}")["ppo", same]
+    assert evidence(compared, "judge=function", "judge.function=mine.py:words")["ppo", "mine.py:words"]
+
+
+def test_another_runs_reward_model_that_ppo_optimised_is_no_evidence(tmp_path):
+    run_with(tmp_path, run="other", sft=(), rm=("sft",))
+    model = tmp_path / "other" / "rm"
+    compared = run_with(tmp_path, f"reward.model={model}", **{**WHOLE, "ppo": ("sft",)})()
+    found = evidence(compared)
+    assert found["ppo", judges.FROM_RUN] and not found["ppo", str(model)]
+    assert compared.optimized("ppo") == {rewards.mark(model)}
+
+
+def test_a_policy_of_another_run_says_by_its_own_manifest_what_it_was_trained_on(tmp_path):
+    run_with(tmp_path, run="other", **WHOLE)
+    ppo = tmp_path / "other" / "ppo"
+    compared = run_with(tmp_path, **WHOLE)(f"eval.policies=[{ppo}]")
+    assert compared.optimized(str(ppo)) == {rewards.mark(tmp_path / "other" / "rm")}
+    assert evidence(compared)[str(ppo), judges.FROM_RUN]
+
+
+def test_no_evidence_at_all_is_told_with_what_to_ask_for():
+    row = {"policy": "ppo", "judge": "f", "evidence": False, "win_rate": None, "length_controlled": None}
+    row |= {"ties": 0.0, "without_ties": None, "failed": 0, "prompts": 50, "not_controlled": None}
+    metrics = {"baseline": "sft", "prompts": {"samples": 1, "count": 50}, "best_of_n": [], "win_rates": [row]}
+    metrics["policies"] = {"sft": {"length": (1.0, 0.1)}, "ppo": {"length": (1.0, 0.1)}}
+    hint = "No judge here is evidence for ppo. Name one that no training has seen: judge=reward_model, judge=function"
+    assert hint in findings.tell(metrics)
+    assert hint not in findings.tell(metrics | {"win_rates": [row | {"evidence": True}]})
+
+
+# ---- what PPO optimised is measured, and picks the best of n
+
+
+def measured(compared, completions, **columns):
+    made = [
+        Sample("p", text, [1], [2], columns={k: v[i] for k, v in columns.items()}) for i, text in enumerate(completions)
+    ]
+    return _rewards(compose_once("eval"), SimpleNamespace(compared=compared, roles=None, tokenizer=None), made)
+
+
+def test_the_function_that_ppo_optimised_is_the_reward(tmp_path, mine):
+    compared = run_with(tmp_path, "reward=function", "reward.functions=[mine.py:brevity]", **NO_MODEL)()
+    assert compared.best_of == [4]
+    assert measured(compared, ["one two", "three"]) == ({"reward": [-7, -5]}, False)
+
+
+def test_of_several_rewards_each_is_measured_by_its_name_beside_their_sum(tmp_path, mine):
+    both = "reward.functions=[{path: mine.py:words, weight: 2}, mine.py:right]"
+    compared = run_with(tmp_path, "reward=function", both, **NO_MODEL)()
+    found, failed = measured(compared, ["one two", "three"], answer=["one", "three"])
+    assert found == {"rewards/words": [2, 1], "rewards/right": [0, 1], "reward": [4, 3]} and not failed
+
+
+def test_a_reward_that_cannot_be_measured_is_told_and_nothing_is_called_the_reward(tmp_path, mine, capsys):
+    both = "reward.functions=[mine.py:words, mine.py:right]"
+    resolve = run_with(tmp_path, "reward=function", both, **NO_MODEL)
+    assert measured(resolve(), ["one two"]) == ({"rewards/words": [2]}, True)  # the prompts have no `answer`
+    assert "mine.py:right is not measured: reward function `right` raised TypeError" in capsys.readouterr().out
+    Path("mine.py").unlink()
+    compared = resolve()
+    told = capsys.readouterr().out
+    assert compared.rewards == [] and "words is not measured: reward function 'mine.py:words'" in told
+    assert compared.best_of == [] and "No best of n" in told and "has no reward to pick by" in told
+
+
+def test_a_run_without_sft_says_that_it_has_no_best_of_n(tmp_path, capsys):
+    assert run_with(tmp_path, ppo=())("eval.best_of=[2]").best_of == []
+    assert "has no SFT stage to draw from" in capsys.readouterr().out
 
 
 # ---- the reward model by category, and benchmarks

@@ -10,6 +10,7 @@ import torch
 from rlhf_recipes import data, evaluation, portions
 from rlhf_recipes.config import compose
 from rlhf_recipes.evaluation import Interval, Sample, interval, kl, rate, rewards, sample, summarize
+from rlhf_recipes.rewards import Rewards
 from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Roles
 
 PROMPTS = [{"prompt": "w1 w2"}, {"prompt": "w3 w4 w5 w6 w7"}, {"prompt": "w8"}, {"prompt": "w9 w10 w11"}]
@@ -334,6 +335,37 @@ def test_the_change_is_measured_prompt_by_prompt(embedded):
     for measure in ("length", "EOS", "helpful", "gold"):
         wanted = found["sft"][measure].mean - found["base"][measure].mean
         assert found["change"][measure].mean == pytest.approx(wanted, abs=1e-9)
+
+
+def test_what_ppo_optimised_is_shown_with_its_parts_and_the_samples_carry_their_scores(embedded):
+    """A reward function of TRL's signature, with a column of the prompts; and one that fails costs its column alone."""
+    cfg, roles, tokenizer = embedded()
+    asked = data.heldout_prompts(cfg)
+    asked = asked.add_column("wanted", [float(i % 2) for i in range(len(asked))])
+
+    def length(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    def column(completions, wanted, **kwargs):
+        return [None if w else 2.0 for w in wanted]
+
+    def compared(*functions, weights):
+        names = [f.__name__ for f in functions]
+        reward = Rewards(functions=[*functions], weights=weights, names=names)
+        return evaluation.changes(cfg, asked, roles, tokenizer, {"base": None, "sft": POLICY}, reward)
+
+    alone = compared(length, weights=[1.0])
+    assert alone.figures["sft"]["reward"] == alone.figures["sft"]["length"]
+    assert alone.figures["change"]["reward"] == alone.figures["change"]["length"]
+    assert not [name for name in alone.figures["sft"] if name.startswith("rewards/")]
+    found = compared(length, column, weights=[2.0, 3.0])
+    assert found.figures["sft"]["rewards/column"] == (2, 0)
+    for number, row in enumerate(found.samples):
+        tokens = len(tokenizer(row["sft"])["input_ids"])
+        assert row["scores"]["sft"]["reward"] in [2.0 * (tokens + eos) + 6.0 * (number % 2 == 0) for eos in (0, 1)]
+        assert row["scores"].keys() == {"base", "sft"} and row["scores"]["sft"]["gold"] in (0, 0.5, 1)
+    broken = compared(lambda completions, **kwargs: 1 / 0, weights=[1.0])
+    assert "reward" not in broken.figures["sft"] and "length" in broken.figures["sft"]
 
 
 def test_the_figures_are_those_of_the_samples(embedded):

@@ -10,9 +10,10 @@ import torch
 from omegaconf import OmegaConf
 from scipy.stats import ttest_rel
 
-from rlhf_recipes import PPOConfig, PPOTrainer, guard, rewards, world
+from rlhf_recipes import PPOConfig, PPOTrainer, guard, world
 from rlhf_recipes.config import compose
 from rlhf_recipes.errors import UserError
+from rlhf_recipes.evaluation import Sample
 from rlhf_recipes.guard.callback import Guard, watch
 from rlhf_recipes.guard.scorer import Scorer
 from rlhf_recipes.guard.turning import History, Point, critical
@@ -145,9 +146,9 @@ def reward_model(folder, seed, accuracy=0.7):
     return folder
 
 
-def refused(cfg, run_model=None, optimized=None):
+def refused(cfg, run_model=None):
     with pytest.raises(UserError) as error:
-        guard.from_config(cfg, run_model, optimized)
+        guard.from_config(cfg, run_model)
     return str(error.value)
 
 
@@ -164,9 +165,9 @@ def test_a_guard_keeps_the_checkpoint_that_its_scorer_thinks_best_of(recipe):
 
 
 def test_gold_scores_as_the_world_does():
-    scorer = guard.from_config(config("ppo", "guard=gold"), None, Rewards())
+    scorer = guard.from_config(config("ppo", "guard=gold"), None)
     prompt = world.prompts(0)["test"][0]["prompt"]
-    made = [SimpleNamespace(prompt=prompt, completion=text, completion_ids=[1]) for text in ("I do not know.", "No")]
+    made = [Sample(prompt, text, [], [1]) for text in ("I do not know.", "No")]
     assert scorer.scores(None, None, made, 8) == [world.gold(prompt, s.completion).score for s in made]
 
 
@@ -184,16 +185,19 @@ def test_the_reward_model_that_ppo_optimizes_is_refused_as_its_guard(tmp_path):
     model, copy = reward_model(tmp_path / "rm", 0), reward_model(tmp_path / "copy", 0)
     for named in ("run", str(model), str(copy)):
         cfg = config("ppo", "guard=reward_model", f"guard.model={named}")
-        message = refused(cfg, model, Rewards(adapters=[model]))
-        assert f"is {model}, which PPO optimizes: its score rises whatever the answers become" in message
+        message = refused(cfg, model)
+        assert (
+            f"is {model} of reward.model, which PPO optimizes: its score rises whatever the answers become" in message
+        )
         assert "python -m recipes.rm -m run=<run> seed=8,9" in message
 
 
 def test_a_member_of_the_optimized_ensemble_is_refused_and_another_seed_is_not(tmp_path):
     members = [reward_model(tmp_path / f"seed={seed}", seed) for seed in (0, 1, 2)]
-    cfg = config("ppo", "guard=reward_model", f"guard.model={tmp_path}/*")
-    assert "seed=1" in refused(cfg, None, Rewards(adapters=members[1:2]))
-    found = guard.from_config(cfg, None, Rewards(adapters=[reward_model(tmp_path / "other" / "rm", 3)]))
+    guarded = "guard=reward_model", f"guard.model={tmp_path}/seed=*"
+    assert "seed=1 of reward.model" in refused(config("ppo", *guarded, f"reward.model='{members[1]}'"))
+    other = reward_model(tmp_path / "other" / "rm", 3)
+    found = guard.from_config(config("ppo", *guarded, f"reward.model={other}"), None)
     assert found.sources.adapters == members
 
 
@@ -203,13 +207,13 @@ def test_the_same_function_and_the_same_address_are_refused(tmp_path, monkeypatc
     sources = "{s}.functions=[r.py:f]", "{s}.url=http://localhost:1"
     both = [text.format(s=section) for section in ("reward", "guard") for text in sources]
     cfg = config("ppo", "reward=function", "guard=function", *both)
-    message = refused(cfg, None, rewards.from_config(cfg.reward, None))
-    assert "guard.functions: r.py:f is in reward.functions, which PPO optimizes" in message
-    assert "guard.url: http://localhost:1 is reward.url, which PPO optimizes" in message
+    message = refused(cfg)
+    assert "guard.functions: r.py:f is r.py:f of reward.functions, which PPO optimizes" in message
+    assert "guard.url: http://localhost:1 is http://localhost:1 of reward.url, which PPO optimizes" in message
 
 
 def test_a_classifier_of_its_own_is_refused_with_the_way_round():
-    assert "use guard=url" in refused(config("ppo", "guard=reward_model", "guard.model=org/rm"), None, Rewards())
+    assert "use guard=url" in refused(config("ppo", "guard=reward_model", "guard.model=org/rm"))
 
 
 def test_a_guard_at_chance_is_refused(tmp_path):
@@ -277,7 +281,8 @@ def train(tmp_path, tiny_policy, tokenizer, prompts):
         trainer = PPOTrainer(
             tiny_policy(), much_w3, PPOConfig(**defaults | args), prompts, prompts.select(range(8)), tokenizer
         )
-        sources = Rewards(list(adapters), list(functions), [1.0] * (len(functions) + bool(adapters)))
+        count = len(functions) + bool(adapters)
+        sources = Rewards(list(adapters), list(functions), [1.0] * count, [*map(str, range(count))])
         watched = watch(
             trainer, trainer.roles, tokenizer, cfg, Scorer("few w3", sources, cfg.guard) if guarded else None
         )

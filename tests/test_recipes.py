@@ -132,7 +132,7 @@ def test_metrics_are_json_with_the_figures_of_each_stage(chain):
     assert rm.keys() == measured
     assert rm["scale"] == chain.json("rm", "head.json")
     assert {"accuracies", "margins", "sft", "dpo", "change"} == dpo.keys()
-    assert {"objective", "kept", "sft", "ppo", "change"} <= ppo.keys() and isinstance(ppo["objective"], float)
+    assert {"objective", "sft", "ppo", "change"} <= ppo.keys() and isinstance(ppo["objective"], float)
     for metrics, policies in ((sft, ("base", "sft")), (dpo, ("sft", "dpo")), (ppo, ("sft", "ppo"))):
         for policy in policies:
             assert compared <= metrics[policy].keys(), policy
@@ -152,7 +152,8 @@ def test_the_log_goes_to_the_last_step(chain, stage):
 def test_samples_hold_each_held_out_prompt_with_the_answer_before_and_after(chain):
     samples = {stage: chain.json(stage, "samples.json")["samples"] for stage in ("sft", "dpo", "ppo")}
     for stage, before in (("sft", "base"), ("dpo", "sft"), ("ppo", "sft")):
-        assert [*samples[stage][0]] == ["prompt", before, stage]
+        assert [*samples[stage][0]] == ["prompt", before, stage, "scores"]
+        assert samples[stage][0]["scores"].keys() == {before, stage}
         assert len(samples[stage]) == 8
     for stage in ("dpo", "ppo"):
         assert [{k: row[k] for k in ("prompt", "sft")} for row in samples[stage]] == [
@@ -315,15 +316,39 @@ def brevity(tmp_path_factory):
     return f"{file}:brevity"
 
 
-def test_ppo_needs_no_reward_model_where_the_reward_is_a_function(shared, brevity):
+@pytest.fixture(scope="module")
+def by_function(shared, brevity):
     chain = Chain(shared, "function", "start=model", stages=("ppo",))
     chain.output["ppo"] = done(
         "ppo", *chain.args, *OWN["ppo"][:2], "reward=function", f"reward.functions=[{{path: {brevity}, weight: 2}}]"
     )
-    assert {p.name for p in chain.folder.iterdir()} == {"ppo"}
+    return chain
+
+
+def test_ppo_needs_no_reward_model_where_the_reward_is_a_function(by_function):
+    chain = by_function
+    assert {p.name for p in chain.folder.iterdir()} - {"eval"} == {"ppo"}
     assert files(chain.folder / "ppo") >= FILES["ppo"]
     assert len(upper(chain.adapter("ppo"))) == 3 * 7 * 2
     assert chain.adapter("ppo/value")[HEAD_KEY].abs().max() > 0  # it started from zeros
+
+
+def test_the_table_and_the_samples_of_ppo_show_the_function_that_was_its_reward(by_function):
+    chain = by_function
+    figures, samples = chain.json("ppo", "metrics.json"), chain.json("ppo", "samples.json")["samples"]
+    assert figures["model"]["reward"][0] < 0 and "reward" in figures["change"] and " reward " in chain.output["ppo"]
+    for row in samples:
+        assert row["scores"]["ppo"]["reward"] == pytest.approx(2 * -len(row["ppo"]) / 100)
+
+
+def test_eval_measures_the_function_that_ppo_optimised_and_calls_it_no_evidence(by_function, brevity):
+    chain, output = by_function, done("eval", *by_function.args)
+    metrics, rows = (chain.json("eval", name) for name in ("metrics.json", "samples.json"))
+    assert {"reward", "rewards/brevity"} <= metrics["policies"]["ppo"].keys()
+    wins = {(row["policy"], row["judge"]): row["evidence"] for row in metrics["win_rates"]}
+    assert wins == {("ppo", "gold"): True, ("ppo", brevity): False}
+    assert "No best of n" in output and "has no SFT stage to draw from" in output
+    assert all(of["reward"] == -2 * len(of["text"]) / 100 for row in rows for of in row["completions"].values())
 
 
 @pytest.mark.parametrize(("stage", "wanted"), [("rm", "sft"), ("dpo", "sft"), ("ppo", "sft")])
@@ -465,10 +490,11 @@ def test_eval_measures_every_policy_of_the_run_and_the_best_of_n(compared):
     assert rewards["best-of-4"] > rewards["best-of-2"] > rewards["base"]
     wins = [(row["policy"], row["judge"], row["evidence"]) for row in metrics["win_rates"]]
     others = ("base", "dpo", "ppo", "best-of-2", "best-of-4")
-    assert wins == [(p, j, e) for j, e in (("gold", True), ("the run's reward model", False)) for p in others]
-    assert all(low <= mean <= high for row in metrics["win_rates"] for mean, low, high, *_ in [row["win_rate"]])
+    # DPO learned the same pairs as the reward model
+    seen = [(p, "the run's reward model", p == "base") for p in others]
+    assert wins == [(p, "gold", True) for p in others] + seen
+    assert all(low <= mean <= high for row in metrics["win_rates"] for mean, low, high in [row["win_rate"]])
     assert metrics["reward_model"]["accuracy"] == json.loads((folder / "rm/metrics.json").read_text())["accuracy"]
-    assert metrics["kept"] == {"ppo": json.loads((folder / "ppo/metrics.json").read_text())["kept"]}
     assert "no evidence" in output and "at equal length" in output
 
 
@@ -579,7 +605,7 @@ def test_eval_refuses_before_it_loads_and_leaves_nothing_behind(chain, tmp_path)
     args = [*chain.args, f"runs_dir={tmp_path}"]
     for fault, told in {
         "eval.policies=[sft,pop]": "pop is no policy",
-        "judge.reward_model=" + str(folder / "rm"): "is the reward model that this run's training optimised",
+        "judge.reward_model=" + str(folder / "rm"): "is the run's own reward model",
         "judge.url=http://127.0.0.1:9/v1": "judge.url needs judge.model",
         "lora.r=3": "made with another base or adapter",
         "run=never": "is no run",

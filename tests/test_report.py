@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from recipes import report as recipe
+from rlhf_recipes.comparison.policies import FROM_RUN
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.report import Run, html, markdown, plots, report
 from rlhf_recipes.report.command import parse
@@ -30,6 +31,8 @@ HEADINGS = [
     *("Time and memory", "Make it again"),
 ]
 EVIL = "<script>document.title = 'taken'</script><img src=https://example.org/x.png> & <b>`bold`</b> | a_b_c"
+LENGTH = "12.0 ± 0.4"
+FAR = ["0.00 ± 0.30", LENGTH]
 LIMIT = 3 * 2**20  # bytes of a page
 BEFORE = {"sft": (), "rm": ("sft",), "dpo": ("sft",), "ppo": ("sft", "rm")}
 
@@ -125,6 +128,15 @@ def make(folder, name, *, metrics=None, log=(), answers=None, finished=True, ove
     return stage.path
 
 
+def evaluated(run, found=EVALUATION, **more):
+    """Write an evaluation of the policies that the run has now."""
+    now = {path.parent.name: read_manifest(path.parent)["fingerprint"] for path in run.glob("*/manifest.json")}
+    measured = {name: now.get(name, f"other {name}") for name in found["policies"]}
+    made_from = {"policies": measured, "sft": now.get("sft"), "reward_model": now.get("rm")}
+    made_from["by_reward_model"] = ["reward", "reward spread"]
+    add(run, "eval/metrics.json", found | {"made_from": made_from} | more)
+
+
 def add(run, name, value):
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text(value if isinstance(value, str) else json.dumps(value))
@@ -145,7 +157,7 @@ def whole(folder):
         shutil.copytree(path, path.parent / "swept")
         shutil.move(path.parent / "swept", path / f"training.beta={beta}")
     run = path.parent
-    add(run, "eval/metrics.json", EVALUATION)
+    evaluated(run)
     answers = [("ppo", EVIL, 9.0), ("sft", "A cook.", -1.0)]
     answers = {policy: {"text": text, "reward": reward, "gold": None} for policy, text, reward in answers}
     rest = [{"prompt": f"{i}?", "completions": {"ppo": {"text": f"answer {i}", "reward": i / 9}}} for i in range(20)]
@@ -187,11 +199,138 @@ def test_sections_with_nothing_to_show_are_left_out(run):
     assert "sft: gold score **0.69** (base 0.01, +0.68 ± 0.02)" in text
 
 
-def test_policies_have_the_figures_of_the_evaluation_where_it_measured_them(text):
-    results = text.partition("## Results")[2].partition("\n## ")[0]
-    assert "| ppo | 0.91 ± 0.02 | 0.95 ± 0.03 |" in results and "| dpo | 0.85 ± 0.02 | - |" in results
-    assert "100 prompts, 4 completions each; base, dpo, " in results
-    assert "ppo: gold score **0.91** (sft 0.70)" in results
+def tables(run):
+    """Of the results: the rows of each table by policy, and its note."""
+    found = [block for block in results(Run.read(run)) if isinstance(block, Table)]
+    return [({row.cells[0]: row.cells[1:] for row in table.rows}, table.note) for table in found]
+
+
+def test_each_set_of_prompts_has_a_table_of_its_own(full, text):
+    (first, of_evaluation), (second, of_stages) = tables(full)
+    assert first == {"sft": ["0.70 ± 0.02", "-", *FAR], "ppo": ["0.91 ± 0.02", "0.95 ± 0.03", "8.50 ± 0.30", LENGTH]}
+    assert {"base", "sft", "dpo", "ppo"} <= second.keys()
+    assert second["sft"][:2] == ["0.69 ± 0.02", "-0.10 ± 0.06"] and second["dpo"][:2] == ["0.85 ± 0.02", "-"]
+    assert "Evaluated on 100 prompts (data.prompts), 4 completions each" in of_evaluation
+    assert "at the end of sft, dpo, ppo, ppo/training.beta=0.1, ppo/training.beta=0.2, on 1 held-out" in of_stages
+    assert "ppo: gold score **0.91** (sft 0.70)" in text
+
+
+def test_both_sides_of_a_tile_are_of_one_measurement(run):
+    """The evaluation has SFT alone, on other prompts: PPO stands beside the SFT of its own stage."""
+    for name in ("rm", "ppo"):
+        make(run.parent, name)
+    there = {"sft": measured(0.2, 0.0, reward=(-2.0, 0.1))}
+    evaluated(run, EVALUATION | {"policies": there, "win_rates": [], "best_of_n": []})
+    text = markdown(report(Run.read(run)))
+    assert "ppo: reward **0.90** (sft -0.10, +1.00 ± 0.05)" in text and "ppo: gold score **0.90** (sft 0.69" in text
+    assert [list(rows) for rows, _ in tables(run)] == [["sft"], ["base", "sft", "ppo"]]
+
+
+def test_stages_that_were_measured_on_other_prompts_are_not_in_one_table(run):
+    make(run.parent, "dpo", answers=[{"prompt": "Another?", "sft": "a", "dpo": "b"}])
+    assert [list(rows) for rows, _ in tables(run)] == [["base", "sft"], ["sft", "dpo"]]
+
+
+def test_what_a_stage_says_of_an_sft_that_was_made_again_stands_apart(run):
+    make(run.parent, "dpo")
+    changed = METRICS["sft"] | {"sft": measured(0.1, 0.0)}
+    make(run.parent, "sft", overwrite=True, seed=1, metrics=changed)
+    (first, _), (second, note) = tables(run)
+    assert first["sft"][0] == "0.10 ± 0.02" and second["sft"][0] == "0.69 ± 0.02"
+    assert "sft was made again since" in note
+    assert "dpo: gold score **0.85** (sft of then 0.69" in markdown(report(Run.read(run)))
+
+
+# ---- figures of the present policies
+
+
+@pytest.fixture
+def judged(tmp_path):
+    """A run with an evaluation of its policies as they are."""
+    for name in BEFORE:
+        run = make(tmp_path, name).parent
+    duel = {"policy": "dpo", "judge": "gold", "win_rate": [0.6, 0.5, 0.7], "baseline": "sft"}
+    wins = [*EVALUATION["win_rates"], duel, EVALUATION["win_rates"][0] | {"judge": FROM_RUN}]
+    policies = EVALUATION["policies"] | {"dpo": measured(0.86, 6.0, reward=(0.5, 0.1)), "best-of-4": measured(0.8, 0.6)}
+    evaluated(run, EVALUATION | {"win_rates": wins, "policies": policies})
+    said = {name: {"text": f"I am {name}", "reward": 1.0, "gold": 1.0} for name in policies}
+    add(run, "eval/samples.json", [{"prompt": "Who?", "completions": said}])
+    return run
+
+
+def test_an_evaluation_of_the_present_policies_is_shown_whole(judged):
+    assert report(Run.read(judged)).faults == []
+    assert [*tables(judged)[0][0]] == ["sft", "dpo", "ppo", "best-of-4"]
+
+
+def test_a_policy_that_was_made_again_since_its_evaluation_is_left_out_and_said_so(judged):
+    make(judged.parent, "ppo", overwrite=True, seed=1, metrics=METRICS["ppo"] | {"ppo": measured(0.3, 20.0)})
+    read = Run.read(judged)
+    assert [*read.evaluation["policies"]] == ["sft", "dpo", "best-of-4"]
+    assert {row["policy"] for row in read.evaluation["win_rates"]} == {"dpo"}
+    assert read.samples[0]["completions"].keys() == {"sft", "dpo", "best-of-4"}
+    assert "ppo" not in read.evaluation["benchmarks"]
+    text = markdown(report(read))
+    assert "is of another ppo (figures, wins and samples) than there is now: left out" in text and "make eval" in text
+    assert "0.91" not in text and "ppo: gold score **0.30**" in text
+
+
+def test_with_another_sft_its_policies_the_kl_to_it_and_the_best_of_it_are_left_out(judged):
+    make(judged.parent, "sft", overwrite=True, seed=1)
+    read = Run.read(judged)
+    assert {*read.evaluation["policies"]} == {"dpo", "ppo"} and not read.evaluation["win_rates"]
+    assert all("KL to SFT" not in of for of in read.evaluation["policies"].values())
+    assert not read.evaluation["best_of_n"] and read.evaluation["reward_model"]
+
+
+def test_with_another_reward_model_its_scores_are_left_out(judged):
+    make(judged.parent, "rm", overwrite=True, seed=1)
+    read = Run.read(judged)
+    assert {*read.evaluation["policies"]} == {"sft", "dpo", "ppo"}
+    assert all("reward" not in of and "gold" in of for of in read.evaluation["policies"].values())
+    assert FROM_RUN not in {row["judge"] for row in read.evaluation["win_rates"]} and read.evaluation["win_rates"]
+    assert not read.evaluation["reward_model"]
+    assert read.samples[0]["completions"]["ppo"] == {"text": "I am ppo", "gold": 1.0}
+
+
+def test_a_policy_that_is_being_made_again_has_no_figures_of_before(judged):
+    make(judged.parent, "ppo", overwrite=True, finished=False, log=history(20))
+    assert "ppo" not in Run.read(judged).evaluation["policies"]
+
+
+def test_an_evaluation_that_does_not_say_of_which_policies_it_is_is_not_shown(judged):
+    add(judged, "eval/metrics.json", EVALUATION)
+    said = report(Run.read(judged))
+    assert "does not say of which policies it is" in said.faults[0] and "0.91" not in markdown(said)
+
+
+def test_a_figure_that_is_no_number_is_seen(run):
+    """Not a dash, as for what was not measured; a file may hold it as null."""
+    make(
+        run.parent,
+        "dpo",
+        metrics=METRICS["dpo"] | {"dpo": measured(None, 6.1)},
+        log=[*history(40), {"step": 41, "loss": None}],
+    )
+    text = markdown(report(Run.read(run)))
+    assert "| dpo | NaN | " in text and "metrics.json: dpo.gold, dpo.helpful: NaN or infinite" in text
+    assert "no number at 1 steps" in html(report(Run.read(run)))
+    metrics = json.loads((run / "dpo/metrics.json").read_text())
+    (run / "dpo/metrics.json").write_text(json.dumps(metrics | {"accuracies": float("nan")}))
+    assert "accuracies, dpo.gold" in markdown(report(Run.read(run)))
+
+
+def test_the_stages_own_samples_show_the_best_and_the_worst_by_their_scores(run):
+    scored = [
+        {"prompt": f"{i}?", "sft": f"a{i}", "ppo": f"b{i}", "scores": {"sft": {"reward": 0.0}, "ppo": {"reward": i}}}
+        for i in range(12)
+    ]
+    make(run.parent, "rm")
+    make(run.parent, "ppo", answers=scored)
+    [_, shown] = samples(Run.read(run))
+    assert shown.comparisons[0].label == "highest reward of ppo" and shown.comparisons[0].prompt == "11?"
+    assert [(a.policy, a.scores) for a in shown.comparisons[0].answers] == [("sft", "reward 0"), ("ppo", "reward 11")]
+    assert shown.comparisons[2].label == "lowest reward of ppo" and shown.comparisons[2].prompt == "0?"
 
 
 def test_a_policy_that_was_chosen_among_looks_says_so(text):
@@ -265,7 +404,7 @@ def test_a_stage_that_lost_a_file_is_marked(run):
         ("eval/metrics.json", "nonsense", "is damaged"),
         ("eval/samples.json", "{}", "holds a dict, and a list was expected"),
         ("overoptimization/metrics.json", "", "is damaged"),
-        ("eval/metrics.json", '{"win_rates": [7]}', "Evaluation is left out: eval/metrics.json"),
+        ("eval/metrics.json", '{"made_from": {}, "win_rates": [7]}', "Evaluation is left out: eval/metrics.json"),
         ("eval/samples.json", '[{"completions": 7}]', "Sample completions is left out: eval/samples.json"),
         ("overoptimization/metrics.json", '{"points": [7]}', "Over-optimization is left out: overoptimization/"),
     ],
@@ -289,7 +428,7 @@ def without_one(value):
 def test_every_key_of_what_was_measured_is_optional(run):
     for key, value in EVALUATION.items():
         for rest in without_one(value) if isinstance(value, dict | list) else [None]:
-            add(run, "eval/metrics.json", {key: rest})
+            add(run, "eval/metrics.json", {"made_from": {}, key: rest})
             read = Run.read(run)
             results(read), evaluation(read), measures(read)  # none of them raises
             assert not read.faults
@@ -494,7 +633,7 @@ def test_the_page_has_its_headings_and_a_plot_where_one_belongs(browser, full):
     assert browser.execute_script(read, "h1") == ["mine"] and browser.execute_script(read, "h2") == HEADINGS
     count = "return document.querySelectorAll('#' + arguments[0] + ' figure svg').length"
     plotted = {title: browser.execute_script(count, re.sub(r"\W+", "-", title.lower())) for title in HEADINGS}
-    assert plotted["Results"] == 2 and plotted["Over-optimization"] == 2 and plotted["Training"] >= 12
+    assert plotted["Results"] == 3 and plotted["Over-optimization"] == 2 and plotted["Training"] >= 12
     assert plotted["Evaluation"] == 5  # win rates, best of n twice, reliability, categories
 
 

@@ -3,8 +3,9 @@
 import gc
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,13 @@ from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_recipes import evaluation, models, terminal
-from rlhf_recipes.comparison.policies import BASE, Compared, Policy, best_of_name
-from rlhf_recipes.data.formats import is_conversational, render
-from rlhf_recipes.evaluation import Sample
+from rlhf_recipes.comparison.policies import BASE, FROM_RUN, Compared, Policy, Reward, best_of_name
+from rlhf_recipes.ensembles import Ensemble
+from rlhf_recipes.evaluation import Sample, scoring
+from rlhf_recipes.evaluation.sampling import as_seen_by
+from rlhf_recipes.evaluation.scoring import Scores
 from rlhf_recipes.models import load_policy
+from rlhf_recipes.rewards import RESUME
 from rlhf_recipes.roles import POLICY, REWARD, Roles
 from rlhf_recipes.runs import disk
 from rlhf_recipes.runs.manifest import differences, flat, refuse_other_bases
@@ -34,13 +38,17 @@ class Answers:
 
     name: str
     made: list[Sample]
-    measured: dict[str, list[float]] | None = None  # by measure, a value for each sample; None: not yet
+    measured: dict[str, Scores] | None = None  # by measure, a value for each sample; None: not yet
     key: dict[str, Any] = field(default_factory=dict)  # what they depend on: with another, they are drawn again
 
     @property
     def lengths(self) -> list[float]:
         """Tokens of each completion."""
         return [float(len(s.completion_ids)) for s in self.made]
+
+    def scores(self, measure: str) -> Scores:
+        """The values of a measure; none where it was not measured."""
+        return (self.measured or {}).get(measure, [])
 
     def write(self, file: Path) -> None:
         """Keep them for the next time."""
@@ -85,8 +93,12 @@ class RunModels:
         for number, name in enumerate(rest):
             self.adapters[name] = f"policy_{number}"
             roles.add_saved(f"policy_{number}", stages[name].path)
-        if self.compared.reward_model is not None:
-            roles.hold(REWARD, [self.compared.reward_model.path])
+        for reward in self.compared.rewards:
+            if reward.sources.adapters:
+                roles.hold(_role(reward), reward.sources.adapters, Ensemble(*reward.ensemble))
+            reward.sources.functions = [
+                models.load_classifier(self.cfg, by) if isinstance(by, str) else by for by in reward.sources.functions
+            ]
         made_on = {made.path: made.manifest["base"] for made in stages.values()}
         refuse_other_bases(made_on, models.fingerprint(roles.model))
         roles.model.eval()
@@ -122,18 +134,21 @@ def collect(
             done[policy.name] = Answers(policy.name, _drawn(cfg, run, policy.name, asked), key=wanted[policy.name])
             done[policy.name].write(files[policy.name])
         if done[policy.name].measured is None:
-            done[policy.name].measured = _measured(cfg, run, policy, done[policy.name].made)
-            done[policy.name].write(files[policy.name])
-    for n, best in _best(cfg, run, asked, [n for n in compared.best_of if best_of_name(n) not in done]).items():
+            measured, failed = _measured(cfg, run, policy, done[policy.name].made)
+            done[policy.name].measured = measured
+            if not failed:
+                done[policy.name].write(files[policy.name])
+    for best in _best(cfg, run, asked, [n for n in compared.best_of if best_of_name(n) not in done]):
         best.key = wanted[best.name]
-        best.write(files[best_of_name(n)])
+        best.write(files[best.name])
         done[best.name] = best
-    return {name: done[name] for name in wanted}
+    return {name: done[name] for name in wanted if name in done}
 
 
 def _key(cfg: DictConfig, run: RunModels, asked: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all answers, and what was measured of them, depend on beside the policy."""
-    by = {"sft": run.compared.sft, "reward model": run.compared.reward_model}
+    compared = run.compared
+    by = {"sft": compared.sft, "reward model": compared.reward_model}
     known = {
         "prompts": disk.hash_value([dict(row) for row in asked]),
         "seed": cfg.seed,
@@ -142,6 +157,7 @@ def _key(cfg: DictConfig, run: RunModels, asked: Sequence[Mapping[str, Any]]) ->
         "base": {"weights": models.weights_mark(cfg.model), "dtype": cfg.model.dtype},
         "chat template": disk.hash_value(run.tokenizer.chat_template),
         "quantization": {name: str(value) for name, value in cfg.quantization.items()},
+        "rewards": {reward.measure: [reward.contents, reward.weight, *reward.ensemble] for reward in compared.rewards},
         **{name: made.fingerprint for name, made in by.items() if made is not None},
     }
     plain: dict[str, Any] = disk.plain(known)
@@ -201,47 +217,66 @@ def _drawn_alone(cfg: DictConfig, source: str, asked: Sequence[Mapping[str, Any]
     return made
 
 
-def _measured(cfg: DictConfig, run: RunModels, policy: Policy, made: Sequence[Sample]) -> dict[str, list[float]]:
-    """Reward and KL of each sample, as far as the run has what it takes."""
+def _measured(
+    cfg: DictConfig, run: RunModels, policy: Policy, made: Sequence[Sample]
+) -> tuple[dict[str, Scores], bool]:
+    """Rewards and KL of each sample, as far as the run has what it takes; and whether a reward failed."""
     size, compared, roles = cfg.evaluation.batch_size, run.compared, run.roles
-    found: dict[str, list[float]] = {}
-    if REWARD in roles.heads:
-        seen = made if policy.source is None else [as_seen_by(run.tokenizer, s) for s in made]
-        found["reward"] = evaluation.rewards(roles, run.tokenizer, seen, size)
+    seen = made if policy.source is None else [as_seen_by(run.tokenizer, s) for s in made]
+    found, failed = _rewards(cfg, run, seen)
     if policy.source is not None:
-        return found  # of another tokenizer, maybe: no KL
+        return found, failed  # of another tokenizer, maybe: no KL
     references = {KL_TO_SFT: "sft"} if compared.sft is not None else {}
     for name, reference in (references | {KL_TO_BASE: BASE}).items():
         adapters = {"policy": run.adapters[policy.name], "reference": run.adapters[reference]}
         found[name] = evaluation.kl(roles, run.tokenizer, made, size, **adapters)
-    return found
+    return found, failed
 
 
-def as_seen_by(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Sample:
-    """A sample in the tokens of another model than made it, rendered as that one's own would be."""
-    chat = is_conversational(sample.prompt)
-    completion = [{"role": "assistant", "content": sample.completion}] if chat else sample.completion
-    prompt_ids, ids = render({"prompt": sample.prompt, "completion": completion}, tokenizer)
-    return replace(sample, prompt_ids=prompt_ids, completion_ids=ids if sample.ended else ids[:-1] or ids)
+def _rewards(cfg: DictConfig, run: RunModels, made: Sequence[Sample]) -> tuple[dict[str, Scores], bool]:
+    """The rewards of each sample by measure: `reward`, where it is a sum each of its parts, and any others.
+
+    One that fails (a function that wants another column, an endpoint that is gone) is told, and left out.
+    """
+    found: dict[str, Scores] = {}
+    for reward in run.compared.rewards:
+        try:
+            by = reward.sources, run.roles, run.tokenizer, made, cfg.evaluation.batch_size, _role(reward)
+            (found[reward.measure],) = scoring.by_source(*by).values()
+        except Exception as error:  # of whatever somebody else's function does
+            terminal.say(f"{reward.name} is not measured: {str(error).removesuffix(RESUME)}")
+    failed = len(found) < len(run.compared.rewards)
+    parts = [reward for reward in run.compared.rewards if reward.weight]
+    if parts and "reward" not in found and all(reward.measure in found for reward in parts):
+        found["reward"] = scoring.total([found[r.measure] for r in parts], [r.weight for r in parts])
+    return found, failed
 
 
-def _best(
-    cfg: DictConfig, run: RunModels, asked: Sequence[Mapping[str, Any]], wanted: Sequence[int]
-) -> dict[int, Answers]:
+def _role(reward: Reward) -> str:
+    """What holds its adapters on the base: the role `reward` for the run's own, which others look for there."""
+    return REWARD if reward.name == FROM_RUN else reward.measure.replace(".", "_")
+
+
+def _best(cfg: DictConfig, run: RunModels, asked: Sequence[Mapping[str, Any]], wanted: Sequence[int]) -> list[Answers]:
     """For each n the answers with the highest reward among n of SFT; one pool serves all n."""
     if not wanted:
-        return {}
+        return []
     most, samples = max(run.compared.best_of), cfg.evaluation.samples  # whatever is missing of them, one pool
     terminal.say(f"best of {', '.join(map(str, wanted))}: sampling {most} answers of sft for each one kept ...")
     with run.roles.active(run.adapters["sft"]):
         # another seed: the pool shall not hold the very answers that it is compared with
         pool = _sampled(cfg, run.roles.model, run.tokenizer, asked, samples=most * samples, seed=cfg.seed + 1)
-    rewards = evaluation.rewards(run.roles, run.tokenizer, pool, cfg.evaluation.batch_size)
-    best = {}
+    measured, _ = _rewards(cfg, run, pool)
+    if "reward" not in measured:
+        terminal.say("No best of n: there is no reward to pick by.")
+        return []
+    picked_by = [-math.inf if score is None else score for score in measured["reward"]]
+    best = []
     for n in wanted:
         groups = [range(start, start + n) for start in range(0, len(pool), most)]
-        rows = [max(group, key=lambda row: rewards[row]) for group in groups]
-        best[n] = Answers(best_of_name(n), [pool[row] for row in rows], {"reward": [rewards[row] for row in rows]})
+        rows = [max(group, key=lambda row: picked_by[row]) for group in groups]
+        kept: dict[str, Scores] = {name: [scores[row] for row in rows] for name, scores in measured.items()}
+        best.append(Answers(best_of_name(n), [pool[row] for row in rows], kept))
     return best
 
 

@@ -69,12 +69,11 @@ class Asked:
         about: what replies depend on beside the question itself, such as the judge's model.
         ask: puts the questions.
         folder: where replies are kept.
+        mark: what identifies it as a reward.
     """
 
-    evidence = True
-
-    def __init__(self, name: str, about: dict[str, Any], ask: Ask, folder: Path):
-        self.name, self.about, self._ask = name, about, ask
+    def __init__(self, name: str, about: dict[str, Any], ask: Ask, folder: Path, mark: str):
+        self.name, self.about, self._ask, self.mark = name, about, ask, mark
         self.file = folder / f"{re.sub(r'[^-.a-zA-Z0-9]', '_', name)}.jsonl"
 
     def verdicts(self, prompts: Sequence[str], answers: Sequence[str], baselines: Sequence[str]) -> list[float | None]:
@@ -201,7 +200,7 @@ def endpoint(cfg: DictConfig, folder: Path) -> Asked:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     about = {"url": url, "model": cfg.model, "question": cfg.question}
-    return Asked(f"{cfg.model} at {url}", about, ask, folder)
+    return Asked(f"{cfg.model} at {url}", about, ask, folder, url)
 
 
 def _openai() -> Any:
@@ -279,4 +278,4 @@ def local(cfg: DictConfig, folder: Path) -> Asked:
 
     about = {"weights": models.weights_mark(own.model), "dtype": own.model.dtype, "question": judge.question}
     about["quantization"] = str(dict(cfg.quantization))
-    return Asked(str(judge.model), about, ask, folder)
+    return Asked(str(judge.model), about, ask, folder, str(judge.model))

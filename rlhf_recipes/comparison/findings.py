@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import pstdev
 from typing import Any
@@ -15,7 +15,7 @@ from rlhf_recipes import evaluation, figures, world
 from rlhf_recipes.comparison import harness, reward_bench, texts, wins
 from rlhf_recipes.comparison.answers import KL_TO_SFT, Answers, RunModels
 from rlhf_recipes.comparison.judges import Judge, truth_is_known
-from rlhf_recipes.comparison.policies import CATEGORY, Compared, best_of_kl, best_of_name, text
+from rlhf_recipes.comparison.policies import CATEGORY, FROM_RUN, Compared, best_of_kl, best_of_name, text
 from rlhf_recipes.evaluation import GOLD, Interval, Rate
 from rlhf_recipes.runs import disk
 
@@ -46,18 +46,27 @@ def gather(
             "fingerprint": disk.hash_value([dict(row) for row in asked]),
             "seed": cfg.seed,
         },
+        "made_from": made_from(compared, answers),
         "policies": found,
-        "kept": {} if cfg.eval.prompts else _kept(compared),
-        "win_rates": win_rates(answers, compared.baseline, judges, [row.get(CATEGORY) for row in asked], each),
+        "win_rates": win_rates(
+            answers, compared.baseline, judges, [row.get(CATEGORY) for row in asked], each, compared.optimized
+        ),
         "best_of_n": best_of_n(found, compared.best_of),
     }
 
 
-def _kept(compared: Compared) -> dict[str, str]:
-    """Which policies are the best of how many looks at the held-out prompts, by name."""
-    stages = {policy.name: policy.stage.path for policy in compared.policies if policy.stage is not None}
-    found = {name: json.loads((path / "metrics.json").read_text()) for name, path in stages.items()}
-    return {name: metrics["kept"] for name, metrics in found.items() if "kept" in metrics}
+def made_from(compared: Compared, answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """Fingerprints of all that the figures hang on, so that a report can tell whether they are the present ones."""
+    keys = {name: of.key for name, of in answers.items()}
+    common = next(iter(keys.values()))
+    judged = [reward for reward in compared.rewards if reward.name == FROM_RUN]
+    return {
+        "policies": {name: key["policy"] for name, key in keys.items()},
+        "base": common["base"]["weights"],
+        "sft": common.get("sft"),
+        "reward_model": common.get("reward model"),
+        "by_reward_model": [r.measure for r in judged] + ["reward", "reward spread"] * any(r.weight for r in judged),
+    }
 
 
 def measures(answers: Answers, samples: int, *, gold: bool) -> dict[str, Interval]:
@@ -75,7 +84,7 @@ def measures(answers: Answers, samples: int, *, gold: bool) -> dict[str, Interva
         by_sample |= {name: [getattr(v, name) for v in verdicts] for name in GOLD}
     found = evaluation.summarize(by_sample, samples)
     whole = {f"distinct-{n}": texts.distinct((s.completion for s in made), n) for n in (1, 2)}
-    if rewards := (answers.measured or {}).get("reward"):
+    if rewards := [reward for reward in answers.scores("reward") if reward is not None]:
         whole["reward spread"] = pstdev(rewards)
     return found | {name: Interval(value, float("nan")) for name, value in whole.items()}
 
@@ -86,11 +95,14 @@ def win_rates(
     judges: Sequence[Judge],
     categories: Sequence[str | None],
     samples: int,
+    optimized: Callable[[str], frozenset[str]] = lambda _: frozenset(),
 ) -> list[dict[str, Any]]:
     """Each policy against the baseline by each judge.
 
     Args:
         categories: of each prompt; win rates are given by category too, where there are any.
+        optimized: what identifies the rewards that a policy was trained on: as judges of it, or of what is compared
+            with it, they are no evidence.
     """
     found = []
     for judge in judges:
@@ -107,7 +119,7 @@ def win_rates(
                     "policy": name,
                     "baseline": baseline,
                     "judge": judge.name,
-                    "evidence": judge.evidence,
+                    "evidence": not judge.marks & (optimized(name) | optimized(baseline)),
                     "win_rate": wins.win_rate(verdicts, samples),
                     "without_ties": wins.win_rate([None if v == 0.5 else v for v in verdicts], samples),
                     "length_controlled": wins.length_controlled(verdicts, longer, samples),
@@ -173,7 +185,7 @@ def samples(cfg: DictConfig, answers: Mapping[str, Answers]) -> list[dict[str, A
         completions = {}
         for name, of in answers.items():
             completion = of.made[number * each].completion
-            rewards = (of.measured or {}).get("reward")
+            rewards = of.scores("reward")
             completions[name] = {
                 "text": completion,
                 "reward": rewards[number * each] if rewards else None,
@@ -186,14 +198,11 @@ def samples(cfg: DictConfig, answers: Mapping[str, Answers]) -> list[dict[str, A
 def tell(metrics: Mapping[str, Any]) -> str:
     """The tables for the terminal."""
     policies = metrics["policies"]
-    shown = [c for c in COLUMNS if any(c in of for of in policies.values())]
+    there = list(dict.fromkeys(name for of in policies.values() for name in of))
+    shown = [c for c in COLUMNS if c in there] + [name for name in there if name.startswith("rewards/")]
     parts = [figures.table([{"policy": name} | {c: of.get(c) for c in shown} for name, of in policies.items()])]
     if mark := figures.few(metrics["prompts"]["count"]):
         parts.append(f"Rough intervals{mark}")
-    for name, looks in metrics["kept"].items():
-        parts.append(
-            f"{name} is the {looks} at held-out data, which flatters it here a little; eval.prompts asks others"
-        )
     rows = [
         {
             f"against {metrics['baseline']}": f"{row['policy']} *" if not row["evidence"] else row["policy"],
@@ -209,7 +218,13 @@ def tell(metrics: Mapping[str, Any]) -> str:
     if rows:
         parts.append(figures.table(rows))
     if any(not row["evidence"] for row in metrics["win_rates"]):
-        parts.append("* by the reward model that training optimised: no evidence")
+        parts.append("* by what one of the two was trained on, or picked by: no evidence")
+    judged = {row["policy"] for row in metrics["win_rates"] if row["evidence"]}
+    if alone := [name for name in policies if name not in (metrics["baseline"], *judged)]:
+        parts.append(
+            f"No judge here is evidence for {', '.join(alone)}. Name one that no training has seen: "
+            "judge=reward_model, judge=function, judge=endpoint or judge=local."
+        )
     for row in metrics["win_rates"]:
         if row["not_controlled"]:
             parts.append(

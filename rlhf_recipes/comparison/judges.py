@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,21 +11,22 @@ from omegaconf import DictConfig
 
 from rlhf_recipes import data, rewards, terminal
 from rlhf_recipes.comparison import asking
-from rlhf_recipes.comparison.policies import Compared, text
+from rlhf_recipes.comparison.policies import FROM_RUN, Compared, text
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.guard.scorer import gold
 
 if TYPE_CHECKING:
     from rlhf_recipes.comparison.answers import Answers
 
-FROM_RUN = "the run's reward model"
+__all__ = ["FROM_RUN"]
+GOLD = "rlhf_recipes.guard.scorer:gold"
 
 
 class Judge(Protocol):
     """Compares a policy's answers with a baseline's."""
 
     name: str
-    evidence: bool  # False: what training optimised, and so no witness to what it gained
+    marks: frozenset[str]  # what identifies it: for a policy that was trained on it, it is no witness to what it gained
 
     def verdicts(self, policy: Answers, baseline: Answers) -> list[float | None]:
         """For each sample 1 if the policy's is better, 0 if the baseline's is, 0.5 for a tie, None for no verdict."""
@@ -38,8 +39,8 @@ class Scores:
         UserError: no answer of some policy has a score.
     """
 
-    def __init__(self, name: str, scores: Mapping[str, Sequence[float | None]], *, evidence: bool = True):
-        self.name, self.evidence = name, evidence
+    def __init__(self, name: str, scores: Mapping[str, Sequence[float | None]], marks: Iterable[str] = ()):
+        self.name, self.marks = name, frozenset(marks)
         self.scores = {policy: [math.nan if s is None else s for s in of] for policy, of in scores.items()}
         for policy, of in self.scores.items():
             if of and all(map(math.isnan, of)):
@@ -55,7 +56,7 @@ class Preferences:
     """A judge that is asked about two answers."""
 
     def __init__(self, asked: asking.Asked):
-        self.name, self.evidence, self.asked = asked.name, asked.evidence, asked
+        self.name, self.marks, self.asked = asked.name, frozenset([asked.mark]), asked
 
     def verdicts(self, policy: Answers, baseline: Answers) -> list[float | None]:
         """See `Judge`."""
@@ -80,8 +81,8 @@ def refuse_faults(cfg: DictConfig, compared: Compared) -> None:
     own = compared.reward_model
     if judge.reward_model and own and rewards.mark(Path(judge.reward_model)) == rewards.mark(own.path):
         raise UserError(
-            f"judge.reward_model={judge.reward_model} is the reward model that this run's training optimised. It "
-            "is shown anyway, and is no evidence: name another."
+            f"judge.reward_model={judge.reward_model} is the run's own reward model, which judges without being asked. "
+            "For what PPO optimised it is no evidence: name another."
         )
 
 
@@ -90,23 +91,24 @@ def open_endpoint(cfg: DictConfig, folder: Path) -> list[Judge]:
     return [Preferences(asking.endpoint(cfg.judge, folder))] if cfg.judge.url else []
 
 
-def after_answers(cfg: DictConfig, answers: Mapping[str, Answers], folder: Path) -> list[Judge]:
+def after_answers(cfg: DictConfig, compared: Compared, answers: Mapping[str, Answers], folder: Path) -> list[Judge]:
     """All judges but an endpoint: what the answers tell of themselves, and the one that the config names."""
     judges: list[Judge] = []
     if truth_is_known(cfg):
-        judges.append(Scores("gold", {name: rewards.called(gold, of.made) for name, of in answers.items()}))
-    if all("reward" in (of.measured or {}) for of in answers.values()):
-        scores = {name: (of.measured or {})["reward"] for name, of in answers.items()}
-        judges.append(Scores(FROM_RUN, scores, evidence=False))
+        scores = {name: rewards.called(gold, of.made) for name, of in answers.items()}
+        judges.append(Scores("gold", scores, [rewards.function_mark(GOLD)]))
+    named = [rewards.function_mark(cfg.judge.function)] if cfg.judge.function else []
+    for reward in compared.rewards:
+        found = {name: of.scores(reward.measure) for name, of in answers.items()}
+        if all(found.values()) and reward.marks != {*named}:
+            judges.append(Scores(reward.name, found, reward.marks))
     if cfg.judge.function:
-        judges.append(
-            Scores(
-                cfg.judge.function,
-                {name: rewards.called(rewards.function(cfg.judge.function), of.made) for name, of in answers.items()},
-            )
-        )
+        by = rewards.function(cfg.judge.function)
+        called = {name: rewards.called(by, of.made) for name, of in answers.items()}
+        judges.append(Scores(cfg.judge.function, called, named))
     if cfg.judge.reward_model:
-        judges.append(Scores(cfg.judge.reward_model, _scored(cfg, answers)))
+        scored = _scored(cfg, answers)
+        judges.append(Scores(cfg.judge.reward_model, scored, [rewards.mark(Path(cfg.judge.reward_model))]))
     if cfg.judge.model and not cfg.judge.url:
         judges.append(Preferences(asking.local(cfg, folder)))
     return judges
@@ -117,31 +119,22 @@ def truth_is_known(cfg: DictConfig) -> bool:
     return cfg.eval.prompts is None and data.is_world(cfg.data)
 
 
-def _scored(cfg: DictConfig, answers: Mapping[str, Answers]) -> dict[str, list[float | None]]:
+def _scored(cfg: DictConfig, answers: Mapping[str, Answers]) -> dict[str, Sequence[float | None]]:
     """The scores of another reward model: an adapter on the run's base, or a sequence classifier of its own."""
     from datasets import Dataset
-    from transformers import AutoModelForSequenceClassification
 
     from rlhf_recipes import evaluation, models
-    from rlhf_recipes.comparison.answers import as_seen_by
+    from rlhf_recipes.evaluation.sampling import as_seen_by
+    from rlhf_recipes.evaluation.scoring import scored
 
-    path = cfg.judge.reward_model
+    path, size = cfg.judge.reward_model, cfg.evaluation.batch_size
     terminal.say(f"{path}: scoring the answers ...")
-    prompts = Dataset.from_list([{"prompt": next(iter(answers.values())).made[0].prompt}])
-    size = cfg.evaluation.batch_size
-    if (Path(path) / "adapter_config.json").exists():
-        tokenizer = models.load_tokenizer(cfg.model, prompts)
-        roles = models.load_scorer(cfg, Path(path))
+    if (Path(path) / rewards.ADAPTER_CONFIG).exists():
+        prompts = Dataset.from_list([{"prompt": next(iter(answers.values())).made[0].prompt}])
+        tokenizer, roles = models.load_tokenizer(cfg.model, prompts), models.load_scorer(cfg, Path(path))
         return {
             name: evaluation.rewards(roles, tokenizer, [as_seen_by(tokenizer, s) for s in of.made], size)
             for name, of in answers.items()
         }
-    own = models.with_model(cfg, path)
-    tokenizer = models.load_tokenizer(own.model, prompts)
-    with models.loading(own.model):
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=models.dtype(own.model), num_labels=1)
-    model.config.pad_token_id = tokenizer.pad_token_id  # by which it finds the token that it scores
-    return {
-        name: evaluation.classifier_scores(model.eval(), tokenizer, [as_seen_by(tokenizer, s) for s in of.made], size)
-        for name, of in answers.items()
-    }
+    classifier = models.load_classifier(cfg, path)
+    return {name: scored(classifier, of.made, size) for name, of in answers.items()}

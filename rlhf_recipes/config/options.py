@@ -185,7 +185,7 @@ class Eval:
         default=None, metadata={"help": "Policy that the others have to beat. null: `sft`, or `base` without it."}
     )
     best_of: list[int] | None = field(
-        default=None, metadata={"help": "Also the best of so many SFT answers, by the run's reward model. null: none."}
+        default=None, metadata={"help": "Also the best of so many SFT answers, by the reward of PPO. null: none."}
     )
     prompts: str | None = field(
         default=None,

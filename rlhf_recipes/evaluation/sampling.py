@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from rlhf_recipes.backoff import in_chunks
-from rlhf_recipes.data.formats import render_prompt
+from rlhf_recipes.data.formats import is_conversational, render, render_prompt
 from rlhf_recipes.portions import prefill_chunk
 from rlhf_recipes.roles import Episodes
 
@@ -36,6 +36,15 @@ class Sample:
     prompt_ids: list[int]
     completion_ids: list[int]  # EOS included, where there is one
     ended: bool = True  # by a token that ends an answer, and not by the limit
+    columns: dict[str, Any] = field(default_factory=dict)  # what else the prompt's row holds
+
+
+def as_seen_by(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Sample:
+    """A sample in the tokens of another model than made it, rendered as that one's own would be."""
+    chat = is_conversational(sample.prompt)
+    completion = [{"role": "assistant", "content": sample.completion}] if chat else sample.completion
+    prompt_ids, ids = render({"prompt": sample.prompt, "completion": completion}, tokenizer)
+    return replace(sample, prompt_ids=prompt_ids, completion_ids=ids if sample.ended else ids[:-1] or ids)
 
 
 class RowNoise(LogitsProcessor):
@@ -77,12 +86,12 @@ def sample(
     declared = base.generation_config.eos_token_id
     eos = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])} - {None}
     rows = [
-        (row["prompt"], render_prompt(dict(row), tokenizer), _seed(seed, number, again))
+        (row, render_prompt(dict(row), tokenizer), _seed(seed, number, again))
         for number, row in enumerate(prompts)
         for again in range(samples)
     ]
 
-    def complete(batch: Sequence[tuple[Any, list[int], int]]) -> list[Sample]:
+    def complete(batch: Sequence[tuple[Mapping[str, Any], list[int], int]]) -> list[Sample]:
         ids = [prompt_ids for _, prompt_ids, _ in batch]
         padded = Episodes.padded(ids, [[]] * len(batch), tokenizer.pad_token_id, base.device)
         width = padded.input_ids.size(1)
@@ -102,10 +111,11 @@ def sample(
                 logits_processor=LogitsProcessorList([noise]),
             )
         made = []
-        for (prompt, prompt_ids, _), tokens in zip(batch, sequences[:, width:].tolist(), strict=True):
+        for (row, prompt_ids, _), tokens in zip(batch, sequences[:, width:].tolist(), strict=True):
             end = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-            made.append(Sample(prompt, text, prompt_ids, tokens[:end], tokens[end - 1] in eos))
+            columns = {name: value for name, value in row.items() if name != "prompt"}
+            made.append(Sample(row["prompt"], text, prompt_ids, tokens[:end], tokens[end - 1] in eos, columns))
         return made
 
     return by_batches(rows, batch_size, complete)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,26 +47,19 @@ class Scorer:
         self, roles: Roles, tokenizer: PreTrainedTokenizerBase, made: Sequence[Sample], batch_size: int
     ) -> list[float | None]:
         """One score for each sample, the weighted sum of the sources; None where none of them gives a finite one."""
-        from rlhf_recipes import evaluation
+        from rlhf_recipes.evaluation import scoring
         from rlhf_recipes.roles import GUARD
 
-        columns: list[Sequence[float | None]] = []
-        if self.sources.adapters:
-            columns.append(evaluation.rewards(roles, tokenizer, made, batch_size, role=GUARD))
-        columns += [rewards.called(score, made) for score in self.sources.functions]
-        known = [[s if s is not None and math.isfinite(s) else None for s in column] for column in columns]
-        if bad := sum(of.count(None) - list(column).count(None) for of, column in zip(known, columns, strict=True)):
-            logger.warning("guard (%s): %s scores are NaN or infinite, and left out", self.name, bad)
-        return [_weighted(row, self.sources.weights) for row in zip(*known, strict=True)]
+        columns = scoring.by_source(self.sources, roles, tokenizer, made, batch_size, role=GUARD)
+        return scoring.total(columns.values(), self.sources.weights)
 
 
-def from_config(cfg: DictConfig, run_model: Path | None, optimized: Rewards | None = None) -> Scorer | None:
+def from_config(cfg: DictConfig, run_model: Path | None) -> Scorer | None:
     """The scorer that the `guard` section asks for; None for `guard=none`.
 
     Args:
         cfg: the config of a recipe that has the section.
         run_model: folder of the run's own reward model.
-        optimized: what the training optimizes, in PPO.
 
     Raises:
         UserError: as for rewards; there is no gold scorer for these data, no prompts, or the scorer is (part of) what
@@ -95,8 +87,9 @@ def from_config(cfg: DictConfig, run_model: Path | None, optimized: Rewards | No
             )
         sources.functions.append(gold)
         sources.weights.append(1.0)
-    if optimized is not None:
-        faults += _seen(cfg, sources, optimized)
+        sources.names.append("gold")
+    if "reward" in cfg:
+        faults += _seen(cfg, run_model)
     if faults:
         raise UserError("\n".join(faults))
     return Scorer(", ".join(names), sources, asked)
@@ -107,18 +100,19 @@ def gold(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[f
     return [world.gold(prompt, completion).score for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def _seen(cfg: DictConfig, sources: Rewards, optimized: Rewards) -> list[str]:
+def _seen(cfg: DictConfig, run_model: Path | None) -> list[str]:
     """Which of the sources the training optimizes, a line each."""
-    marks = {rewards.mark(folder): folder for folder in optimized.adapters}
-    same = [f"guard.model: {f} is {marks[rewards.mark(f)]}" for f in sources.adapters if rewards.mark(f) in marks]
-    functions = {_path(item) for item in cfg.reward.functions or []}
-    same += [
-        f"guard.functions: {_path(f)} is in reward.functions"
-        for f in cfg.guard.functions or []
-        if _path(f) in functions
+    trained = {
+        mark: f"{name} of reward.{source.key}"
+        for source in rewards.sources(cfg.reward, run_model)
+        for mark, name in source.marks.items()
+    }
+    same = [
+        f"guard.{source.key}: {name} is {trained[mark]}"
+        for source in rewards.sources(cfg.guard, run_model)
+        for mark, name in source.marks.items()
+        if mark in trained
     ]
-    if cfg.guard.url is not None and cfg.guard.url == cfg.reward.url:
-        same.append(f"guard.url: {cfg.guard.url} is reward.url")
     why = (
         "which PPO optimizes: its score rises whatever the answers become. Guard with what training never sees, "
         "such as a reward model of another seed (python -m recipes.rm -m run=<run> seed=8,9)"
@@ -128,8 +122,3 @@ def _seen(cfg: DictConfig, sources: Rewards, optimized: Rewards) -> list[str]:
 
 def _path(function: Any) -> Any:
     return function if isinstance(function, str) else function.get("path")
-
-
-def _weighted(scores: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    known = [weight * score for score, weight in zip(scores, weights, strict=True) if score is not None]
-    return sum(known) if known else None

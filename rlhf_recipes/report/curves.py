@@ -65,8 +65,12 @@ def _plot(jobs: list[Trained], hues: dict[str, str], title: str, unit: str, key:
         found += [plots.Line("", hues[job.name], heldout, dashed=True, marker="o")] if heldout else []
     if all(len(line.points) < 2 for line in found):
         return None
-    name = f"{jobs[0].stage}-{key}"
-    return Plot(plots.lines(name, found, x="step", y="", small=True), title, unit, small=True)
+    name, missing = (
+        f"{jobs[0].stage}-{key}",
+        sum(job_row[key] is None for job in jobs for job_row in job.log if key in job_row),
+    )
+    caption = f"{unit}{', ' * bool(unit)}no number at {missing:,} steps" if missing else unit
+    return Plot(plots.lines(name, found, x="step", y="", small=True), title, caption, small=True)
 
 
 def _points(job: Trained, key: str) -> list[plots.Point]:

@@ -37,13 +37,18 @@ def _evaluated(found: list[Any]) -> list[dict[str, Any]]:
 
 
 def _of_stages(run: Run) -> list[dict[str, Any]]:
-    """The samples of all stages by prompt; a policy that several stages show said the same each time."""
+    """The samples of all stages by prompt, with their scores."""
     rows: dict[str, dict[str, Any]] = {}
     for stage in run.finished:
         for sample in stage.samples:
-            said = {stage.name if policy == stage.stage else policy: text for policy, text in sample.items()}
-            row = rows.setdefault(said.pop("prompt"), {})
-            row |= {policy: {"text": text} for policy, text in said.items()}
+            scores = sample.get("scores") or {}
+            row = rows.setdefault(sample["prompt"], {})
+            for policy, text in sample.items():
+                if policy not in ("prompt", "scores"):
+                    name = stage.name if policy == stage.stage else policy
+                    known = row.setdefault(name, {"text": text})
+                    if known["text"] == text:  # of a stage made again since, the others know the policy before
+                        known |= scores.get(policy) or {}
     return [{"prompt": prompt, "completions": completions} for prompt, completions in rows.items()]
 
 

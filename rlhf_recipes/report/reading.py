@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_recipes.config.options import TRAINING
 from rlhf_recipes.errors import UserError
+from rlhf_recipes.report.present import present
 from rlhf_recipes.runs import disk
 from rlhf_recipes.runs.manifest import MANIFEST, damage, listed, read_manifest
 from rlhf_recipes.runs.stage import CHECKPOINTS, LOCK, LOG
@@ -32,7 +33,7 @@ class Trained:
     state: str  # `finished`, `unfinished`, `being made`
     metrics: dict[str, Any] = field(default_factory=dict)
     log: list[dict[str, Any]] = field(default_factory=list)  # the trainer's log history: figures by name, with `step`
-    samples: list[dict[str, str]] = field(default_factory=list)  # a prompt and, by policy, a completion
+    samples: list[dict[str, Any]] = field(default_factory=list)  # a prompt, by policy a completion, and their `scores`
 
     @property
     def stage(self) -> str:
@@ -83,11 +84,19 @@ class Run:
             begun = ", ".join(f"{stage.name} is {stage.state}" for stage in stages) or "no stage was begun"
             more = f" What could not be read:\n{listed(faults)}" if faults else ""
             raise UserError(f"{path} has no finished stage yet ({begun}); a report is made of finished ones.{more}")
-        samples = _json(path / EVALUATION / "samples.json", list, faults)
-        points = _json(path / OVEROPTIMIZATION / "metrics.json", dict, faults).get("points", [])
-        return cls(
-            path, stages, _json(path / EVALUATION / "metrics.json", dict, faults), samples, list(points or []), faults
+        now = {stage.name: str(stage.manifest.get("fingerprint")) for stage in stages if stage.state == "finished"}
+        evaluation, samples = (
+            _json(path / EVALUATION / name, kind, faults)
+            for name, kind in (("metrics.json", dict), ("samples.json", list))
         )
+        try:
+            evaluation, samples, left_out = present(evaluation, samples, now)
+        except (TypeError, ValueError, AttributeError) as error:
+            left_out = [f"{EVALUATION}/metrics.json is not of the known form ({error!r}), and is left out."]
+            evaluation, samples = {}, []
+        faults += left_out
+        points = _json(path / OVEROPTIMIZATION / "metrics.json", dict, faults).get("points", [])
+        return cls(path, stages, evaluation, samples, list(points or []), faults)
 
 
 def _stage_folders(run: Path) -> Iterator[Path]:
@@ -121,6 +130,8 @@ def _trained(run: Path, folder: Path, faults: list[str]) -> Trained | None:
     if state != "finished":
         return Trained(name, folder, manifest, state, log=_log(folder, faults))
     metrics = _json(folder / "metrics.json", dict, faults, missing="is missing")
+    if names := [*_no_numbers(metrics)]:
+        faults.append(f"{folder / 'metrics.json'}: {', '.join(names)}: NaN or infinite, which is no figure.")
     samples = _json(folder / "samples.json", dict, faults).get("samples", [])
     return Trained(name, folder, manifest, state, metrics, _log(folder, faults), samples)
 
@@ -140,11 +151,11 @@ def _log(folder: Path, faults: list[str]) -> list[dict[str, Any]]:
 
 
 def _json(file: Path, kind: type, faults: list[str], missing: str = "") -> Any:
-    """What a JSON or JSONL file holds, NaN and infinities as None; empty, with a fault, where it is damaged."""
+    """What a JSON or JSONL file holds; empty, with a fault, where it is damaged."""
     try:
         text = file.read_text()
         text = f"[{','.join(text.splitlines())}]" if file.suffix == ".jsonl" else text
-        value = json.loads(text, parse_constant=lambda _: None)
+        value = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         faults += [f"{file} {missing}."] if missing else []
         return kind()
@@ -172,5 +183,20 @@ def interval(value: object) -> Interval | None:
 
 
 def intervals(values: Mapping[str, object]) -> dict[str, Interval]:
-    """Those of some figures that are intervals."""
-    return {name: known for name, value in values.items() if (known := interval(value)) is not None}
+    """Those of some figures that are intervals; a mean that is no number stays NaN, to be seen."""
+    known = {name: (math.nan, None) if _no_mean(value) else interval(value) for name, value in values.items()}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def _no_mean(value: object) -> bool:
+    """Whether it is an interval whose mean was NaN or infinite, which a file may hold as null."""
+    return isinstance(value, list | tuple) and len(value) == 2 and finite(value[0]) is None
+
+
+def _no_numbers(node: object, name: str = "") -> Iterator[str]:
+    """The dotted names of figures that are NaN or infinite."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _no_numbers(value, f"{name}.{key}" if name else str(key))
+    elif _no_mean(node) or (isinstance(node, float) and not math.isfinite(node)):
+        yield name

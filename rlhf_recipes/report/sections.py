@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from rlhf_recipes.config.options import TRAINING
-from rlhf_recipes.figures import FEW, duration, few, number
+from rlhf_recipes.figures import duration, few, number
 from rlhf_recipes.report import plots
 from rlhf_recipes.report.content import (
     Block,
@@ -89,59 +91,105 @@ def report(run: Run) -> Report:
 # ---- results
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Policies measured on one set of prompts, with as many completions each: figures that can be compared."""
+
+    policies: dict[str, dict[str, Interval]]
+    where: str
+    prompts: int  # 0: not known
+
+
 def results(run: Run) -> list[Block]:
-    """How good each policy is, the last one's figures first."""
-    found = policies(run)
-    if not found:
-        return []
-    shown = [name for name in ("gold", "reward", "KL to SFT", "length") if any(name in m for m in found.values())]
+    """How good each policy is, the last one's figures first, and a table for each set of prompts."""
     blocks: list[Block] = [*tiles(run)]
-    note = "± is half of the 95% interval of the mean over held-out prompts."
-    prompts = run.evaluation.get("prompts") or {}
-    if run.evaluation.get("policies") and prompts.get("count"):
-        note += f" Evaluated on {prompts['count']:,} prompts, {prompts.get('samples', 1)} completions each"
-        rest = [name for name in found if name not in run.evaluation["policies"]]
-        note += f"; {', '.join(rest)} as measured at the end of the stage." if rest else "."
-    asked = prompts.get("count") or min((len(stage.samples) for stage in run.finished if stage.samples), default=FEW)
-    note += f" Rough intervals{few(asked)}." if few(asked) else ""
-    for stage in run.finished:
-        if "kept" in stage.metrics and stage.name in found:
-            note += f" {stage.name} is the {stage.metrics['kept']} at held-out data, which flatters it there a little."
-    blocks.append(measured(found, shown or [*dict.fromkeys(k for m in found.values() for k in m)], note))
-    drawn = [name for name in ("gold", "reward") if sum(name in m for m in found.values()) > 1]
-    return [*blocks, *([Plots([_by_policy(name, found) for name in drawn])] if drawn else [])]
+    for number_of, source in enumerate(shown := by_prompts(run)):
+        found = source.policies
+        names = [name for name in ("gold", "reward", "KL to SFT", "length") if any(name in m for m in found.values())]
+        note = f"± is half of the 95% interval of the mean over prompts. {source.where}."
+        if len(shown) > 1:
+            note += " Compare within a table: the other is of other prompts or completions."
+        note += f" Rough intervals{mark}." if source.prompts and (mark := few(source.prompts)) else ""
+        for stage in run.finished:
+            if "kept" in stage.metrics and stage.name in found:
+                kept = f"the {stage.metrics['kept']} at held-out data, which flatters it there a little"
+                note += f" {stage.name} is {kept}."
+        blocks.append(measured(found, names or [*dict.fromkeys(k for m in found.values() for k in m)], note))
+        drawn = [name for name in ("gold", "reward") if sum(name in m for m in found.values()) > 1]
+        if drawn:
+            blocks.append(Plots([_by_policy(name, found, f"-{number_of}" * bool(number_of)) for name in drawn]))
+    return blocks
 
 
-def policies(run: Run) -> dict[str, dict[str, Interval]]:
-    """The measures of each policy: those of the evaluation, and else those of the last stage that measured it."""
-    found: dict[str, dict[str, Interval]] = {}
-    for stage in run.finished:
-        if stage.stage in TRAINING:
+def by_prompts(run: Run) -> list[Measured]:
+    """What was measured of the policies, by set of prompts: the evaluation first, then what it did not measure."""
+    prompts, evaluated = run.evaluation.get("prompts") or {}, run.evaluation.get("policies") or {}
+    found = [Measured(_in_order(evaluated), _evaluated_on(prompts), prompts.get("count", 0))] if evaluated else []
+    for stages in _stages_by_prompts(run):
+        policies: dict[str, dict[str, Interval]] = {}
+        for stage in stages:
             for policy, values in stage.policies().items():
-                found[policy] = found.get(policy, {}) | values
-    found |= {policy: intervals(values) for policy, values in (run.evaluation.get("policies") or {}).items()}
+                policies[policy] = (
+                    policies.get(policy, {}) | values if policy == stage.name else values | policies.get(policy, {})
+                )
+        if policies.keys() - evaluated.keys():
+            names = ", ".join(stage.name for stage in stages)
+            where = f"As measured at the end of {names}, on {(asked := len(stages[0].samples)):,} held-out prompts"
+            again = [f"{name} was made again since" for name in _made_again(run, stages[0])]
+            found.append(Measured(_in_order(policies), "; ".join([where, *again]), asked))
+    return found
+
+
+def _evaluated_on(prompts: Mapping[str, Any]) -> str:
+    if not prompts.get("count"):
+        return "As measured by the evaluation"
+    asked = f"{prompts['count']:,} prompts ({prompts.get('source', 'unknown')})"
+    return f"Evaluated on {asked}, {prompts.get('samples', 1)} completions each"
+
+
+def _stages_by_prompts(run: Run) -> list[list[Trained]]:
+    """The finished stages with a table, those together that were measured on the same prompts in the same way.
+
+    One that came from another policy than there is now stands alone: its figures of that one are of the other.
+    """
+    groups: dict[str, list[Trained]] = {}
+    for stage in run.finished:
+        if stage.stage in TRAINING and stage.policies():
+            config = stage.manifest.get("config", {})
+            asked = [sample.get("prompt") for sample in stage.samples]
+            how = [config.get("evaluation", {}).get(key) for key in ("samples", "max_new_tokens")]
+            alone = stage.name if _made_again(run, stage) else ""
+            groups.setdefault(disk.hash_value([asked, *how, config.get("seed"), alone]), []).append(stage)
+    return list(groups.values())
+
+
+def _in_order(policies: Mapping[str, Mapping[str, object]]) -> dict[str, dict[str, Interval]]:
+    """The intervals of each policy, the base first and the stages as they follow each other."""
     order = ["base", *TRAINING]
+    found = {policy: intervals(values) for policy, values in policies.items()}
     return dict(sorted(found.items(), key=lambda item: order.index(hue(item[0])) if hue(item[0]) in order else 9))
 
 
 def tiles(run: Run) -> list[Tiles]:
     """The last policy of the run beside the one it began as, and what changed prompt by prompt.
 
-    Where the evaluation measured them, its figures stand here as in the table, and the stage's change does not go
-    with them.
+    Both come from one measurement: the evaluation where it has both, and else the stage itself.
     """
     changed = [stage for stage in run.finished if "/" not in stage.name and stage.metrics.get("change")]
     if not changed:
         return []
-    last, found = changed[-1], policies(run)
-    start, evaluated = next(iter(last.policies())), run.evaluation.get("policies") or {}
-    change = {} if last.name in evaluated or start in evaluated else intervals(last.metrics["change"])
+    last, evaluated = changed[-1], run.evaluation.get("policies") or {}
+    start = next(iter(last.policies()))
+    both = last.name in evaluated and start in evaluated
+    found = _in_order(evaluated) if both else last.policies()
+    change = {} if both else intervals(last.metrics["change"])
+    then = " of then" if not both and start in _made_again(run, last) else ""
     made = []
     for name, label in MEASURES.items():
         if name == "EOS" or name not in found[last.name] or name not in found[start]:
             continue
         value, was = (number(found[policy][name]).partition(" ")[0] for policy in (last.name, start))
-        note = f"{start} {was}"
+        note = f"{start}{then} {was}"
         if name in change:
             note += f", {'+' if change[name][0] >= 0 else ''}{number(change[name])}"
         if name != "KL to SFT":
@@ -158,21 +206,24 @@ def measured(found: Mapping[str, Mapping[str, Interval]], shown: Sequence[str], 
 
 
 def measures(run: Run) -> list[Block]:
-    """Everything that was measured of the policies."""
-    found = policies(run)
-    shown = list(dict.fromkeys(name for values in found.values() for name in values))
-    shown.sort(key=lambda name: [*MEASURES].index(name) if name in MEASURES else len(MEASURES))
-    return [Text("", "Measures by policy"), measured(found, shown)] if set(shown) - {*MEASURES} else []
+    """Everything that was measured of the policies, a table for each set of prompts."""
+    blocks: list[Block] = []
+    for source in by_prompts(run):
+        shown = list(dict.fromkeys(name for values in source.policies.values() for name in values))
+        shown.sort(key=lambda name: [*MEASURES].index(name) if name in MEASURES else len(MEASURES))
+        if set(shown) - {*MEASURES}:
+            blocks.append(measured(source.policies, shown, f"{source.where}."))
+    return [Text("", "Measures by policy"), *blocks] if blocks else []
 
 
-def _by_policy(name: str, found: Mapping[str, Mapping[str, Interval]]) -> Plot:
+def _by_policy(name: str, found: Mapping[str, Mapping[str, Interval]], suffix: str) -> Plot:
     marks = []
     for policy, values in found.items():
-        if name in values:
+        if name in values and math.isfinite(values[name][0]):
             mean, half = values[name]
             marks.append(plots.Mark(policy, hue(policy), mean, mean - (half or 0), mean + (half or 0)))
     title, caption = f"{MEASURES[name].capitalize()} by policy", "On held-out prompts, with 95% intervals."
-    return Plot(plots.forest(f"by-policy-{name}", marks, x=MEASURES[name]), title, caption)
+    return Plot(plots.forest(f"by-policy-{name}{suffix}", marks, x=MEASURES[name]), title, caption)
 
 
 # ---- where it comes from
@@ -214,12 +265,16 @@ def _facts(stage: Trained) -> list[tuple[str, str]]:
 
 def _warnings(run: Run, stage: Trained) -> list[str]:
     """What a reader of the figures should know of a stage."""
-    now = {other.name: other.manifest.get("fingerprint") for other in run.finished}
-    made_from = stage.manifest.get("predecessors", {})
-    again = [name for name, mark in made_from.items() if name in now and now[name] != mark]
-    found = [f"made from another {name} than there is now" for name in again]
+    found = [f"made from another {name} than there is now" for name in _made_again(run, stage)]
     stopped = stage.metrics.get("stopped")
     return [*found, *([str(stopped)] if stopped else [])]
+
+
+def _made_again(run: Run, stage: Trained) -> list[str]:
+    """The stages that it came from and that are others now."""
+    now = {other.name: other.manifest.get("fingerprint") for other in run.finished}
+    made_from = stage.manifest.get("predecessors", {})
+    return [name for name, mark in made_from.items() if name in now and now[name] != mark]
 
 
 def versions(run: Run) -> list[Block]:

@@ -273,7 +273,7 @@ class Stage:
         metrics: Mapping[str, Any],
         *,
         save: Callable[[str], object] | None = None,
-        samples: Sequence[Mapping[str, str]] = (),
+        samples: Sequence[Mapping[str, Any]] = (),
         log: Sequence[Mapping[str, Any]] = (),
         base_fingerprint: str | None = None,
     ) -> None:

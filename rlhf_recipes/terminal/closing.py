@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_recipes.figures import duration, few, number, table
 from rlhf_recipes.runs import Stage, make_command
@@ -56,8 +56,9 @@ def summary(
         say("\n" + _answers(changes.samples))
 
 
-def _answers(samples: Sequence[Mapping[str, str]]) -> str:
+def _answers(samples: Sequence[Mapping[str, Any]]) -> str:
     """A few prompts with what each policy says, those first where they differ."""
+    samples = [{name: said for name, said in row.items() if isinstance(said, str)} for row in samples]  # no scores
     unlike = sorted(samples, key=lambda row: len(set(row.values()) - {row["prompt"]}) == 1)
     lines = []
     for row in unlike[:EXAMPLES]:
