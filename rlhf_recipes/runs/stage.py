@@ -156,7 +156,6 @@ class Stage:
         Of several processes rank 0 alone holds the lock and writes; the others come to the same decision by reading.
         """
         old, writes = read_manifest(self.path), self._lock is not None
-        checkpoint = None
         if old is None:
             foreign = [p.name for p in self._contents() if not (p / MANIFEST).exists() and p.name[0] != "."]
             if foreign and writes:
@@ -169,19 +168,18 @@ class Stage:
             if writes:
                 self._clear(old)
             old = None
-        elif checkpoint := _newest_checkpoint(self.path):
-            refuse_differences(self.path, old, self.manifest)
 
-        self.manifest |= {"status": "unfinished", "started": iso(time.time()), "attempts": 1, "seconds": 0.0}
-        if old:
-            self.manifest["attempts"] = old["attempts"] + 1
-            self.message = f"{self.path} was broken off before its first checkpoint: it starts again."
-        if old and checkpoint:
+        self.manifest |= {"status": "unfinished", "started": iso(time.time()), "seconds": 0.0}
+        self.manifest["attempts"] = 1 + (old["attempts"] if old else 0)
+        if old and (checkpoint := _newest_checkpoint(self.path)):
+            refuse_differences(self.path, old, self.manifest)
             self.state, self.resume_from = "resume", str(checkpoint)
             self.message = "\n  ".join([f"{self.path} resumes from {checkpoint.name}.", *doubts(old, self.manifest)])
-            self.manifest |= {"base": old["base"], "rows": old.get("rows")}
             written = (checkpoint / "trainer_state.json").stat().st_mtime  # time counts up to the checkpoint
-            self.manifest["seconds"] = old["seconds"] + max(0.0, written - moment(old["started"]))
+            seconds = old["seconds"] + max(0.0, written - moment(old["started"]))
+            self.manifest |= {"base": old["base"], "rows": old.get("rows"), "seconds": seconds}
+        elif old:
+            self.message = f"{self.path} was broken off before its first checkpoint: it starts again."
         if writes:
             self._remove_broken()
             disk.write_json(self.path / MANIFEST, self.manifest)
