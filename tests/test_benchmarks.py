@@ -16,6 +16,7 @@ from benchmarks import (
     embedded,
     gpu_cards,
     growth,
+    interruptions,
     overhead,
     padding,
     ppo_rewards,
@@ -573,3 +574,38 @@ def test_the_best_of_ppos_checkpoints_is_marked_beside_the_one_that_was_kept() -
 
     assert first == ["3", "42", "0.600 ± 0.100", "0.500 ± 0.010", "0.300 ± 0.100", "yes", "", "8.0%"]
     assert last[5:7] == ["", "yes"]
+
+
+# Interruptions
+
+
+def finished_stage(folder: Path, loss: float = 0.5, seconds: float = 1.0, weights: str = "w") -> Path:
+    (folder / "value").mkdir(parents=True)
+    names = ("adapter_model.safetensors", "value/head.json", "tokenizer.json")
+    made = {"files": {name: {"bytes": 1, "sha256": weights} for name in names}}
+    (folder / "manifest.json").write_text(json.dumps(made | {"status": "finished"}))
+    (folder / "metrics.json").write_text("{}")
+    rows = [
+        {"loss": loss, "step": 1, "step_time": seconds, "num_tokens": 1},
+        {"eval_loss": 0.5, "eval_runtime": seconds, "step": 1},
+        {"train_runtime": seconds, "train_loss": seconds, "step": 1},
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_an_interrupted_stage_is_compared_by_all_but_times(tmp_path: Path) -> None:
+    whole, same = (interruptions.left(finished_stage(tmp_path / str(s), seconds=s)) for s in (1.0, 2.0))
+    assert whole == same and {"adapter_model.safetensors", "value/head.json", "metrics.json"} < {*whole}
+    assert interruptions.left(finished_stage(tmp_path / "loss", loss=0.6)) != whole
+    assert interruptions.left(finished_stage(tmp_path / "weights", weights="v")) != whole
+
+
+def test_the_table_of_interruptions_counts_what_differs_and_says_where() -> None:
+    case = interruptions.Case("ppo", "nf4", "last")
+    fine = interruptions.Repeat(case, 2.0, "training", ())
+    figure = interruptions.Repeat(case, 3.0, "final evaluation", ("metrics.json",))
+    failed = interruptions.Repeat(case, 4.0, "loading", ("exit code 2: no",))
+    told = interruptions.report([fine, figure, failed], 60)
+    assert "| ppo | nf4 | 3 | 1 | 1 | 1 | 2 of 3 | 1 of 3 |" in told and "1 of 3 are equal" in told
+    assert "killed after 3.00 s in final evaluation: metrics.json" in told
