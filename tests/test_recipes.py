@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import OWN, done, run, small_runs
 
-from rlhf_recipes import models, world
+from rlhf_recipes import evaluation, models, world
 from rlhf_recipes.config import compose
 from rlhf_recipes.roles import HEAD_KEY, POLICY, REFERENCE, Roles, read_adapter
 from rlhf_recipes.runs import Stage
@@ -349,6 +349,24 @@ def test_eval_measures_the_function_that_ppo_optimised_and_calls_it_no_evidence(
     assert wins == {("ppo", "gold"): True, ("ppo", brevity): False}
     assert "No best of n" in output and "has no SFT stage to draw from" in output
     assert all(of["reward"] == -2 * len(of["text"]) / 100 for row in rows for of in row["completions"].values())
+
+
+def test_a_pair_over_max_length_is_neither_trained_on_nor_scored_nor_asked_for_samples(shared, tmp_path, monkeypatch):
+    """Five thousand words among sixty short pairs once took a reward model's stage minutes."""
+    long = [{"prompt": f"{word} " * 5000, "chosen": "Yes.", "rejected": "No."} for word in ("one", "two", "three")]
+    rows = [{"prompt": f"Is {i} even?", "chosen": "Yes.", "rejected": "No."} for i in range(30)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*rows, *long])))
+    asked = []
+    sample = evaluation.sample
+    monkeypatch.setattr(
+        evaluation, "sample", lambda *args, **options: asked.extend(args[2]) or sample(*args, **options)
+    )
+    source = f"data.preferences.path={tmp_path / 'pairs.jsonl'}"
+    output = done("rm", *shared, "run=long", "start=model", source, "data.heldout=0.3", "training.max_steps=1")
+    assert "3 of 33 rows are longer than max_length=1024 and left out everywhere" in output
+    assert output.count("are longer than") == 1
+    assert asked and max(len(row["prompt"]) for row in asked) < 20
+    assert "reliability" not in output  # a table, for the report
 
 
 @pytest.mark.parametrize(("stage", "wanted"), [("rm", "sft"), ("dpo", "sft"), ("ppo", "sft")])

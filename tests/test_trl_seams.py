@@ -18,8 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerControl
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousMixin
-from trl import DPOTrainer, GRPOTrainer, RewardTrainer
+from trl import DPOTrainer, GRPOTrainer, RewardTrainer, SFTTrainer
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import dpo_trainer
 
 from rlhf_recipes import PPOTrainer
 from rlhf_recipes.ppo import trainer as ppo_module
@@ -254,6 +255,22 @@ def test_reward_trainer_takes_pairs_that_are_tokenized():
     text = source(RewardTrainer._prepare_dataset)
     assert '"chosen_ids" in column_names and "rejected_ids" in column_names' in text
     assert "pad_token_id = processing_class.pad_token_id" in source(RewardTrainer.__init__)
+
+
+def test_sft_trainer_takes_rows_that_are_tokenized_with_their_labels():
+    text = source(SFTTrainer._prepare_dataset)
+    assert 'is_processed = "input_ids" in column_names' in text and 'if "labels" not in column_names' in text
+
+
+def test_dpo_trainer_reads_its_rows_by_the_methods_that_are_overridden():
+    """See rlhf_recipes/preferences.py."""
+    assert parameters(DPOTrainer._prepare_dataset)[1:] == ["dataset", "processing_class", "args", "dataset_name"]
+    assert parameters(DPOTrainer.compute_ref_log_probs)[1:] == ["model", "inputs"]
+    for trainer in (DPOTrainer, RewardTrainer):
+        assert parameters(trainer.compute_loss)[1:3] == ["model", "inputs"]
+    text = source(dpo_trainer.DataCollatorForPreference)
+    assert all(f'example["{side}_ids"]' in text for side in ("prompt", "chosen", "rejected"))
+    assert 'output["completion_mask"]' in text and "chosen_mask + rejected_mask" in text
 
 
 def test_trainer_state_is_the_last_file_of_a_checkpoint():

@@ -193,12 +193,13 @@ def render_learned(
         text = text.removesuffix(eos)
     else:
         opening, text, turns = prompt, answer[: answer.rindex(eos)] if eos in answer else answer, []
-    prompt_ids = render_prompt(row, tokenizer)
     several = {"return_offsets_mapping": True} if len(turns) > 1 else {}
-    encoded, shift = tokenizer(opening + text, add_special_tokens=not conversational, **several), len(opening)
+    special = {"add_special_tokens": not conversational, "verbose": False}  # a template writes them itself
+    prompt_ids: list[int] = tokenizer(opening, **special)["input_ids"]
+    encoded, shift = tokenizer(opening + text, **special, **several), len(opening)
     ids: list[int] = encoded["input_ids"][len(prompt_ids) :]
     if encoded["input_ids"][: len(prompt_ids)] != prompt_ids:  # a token would join the two, which no rollout contains
-        encoded, shift = tokenizer(text, add_special_tokens=False, **several), 0
+        encoded, shift = tokenizer(text, add_special_tokens=False, verbose=False, **several), 0
         ids = encoded["input_ids"]
     learned = [True] * len(ids)
     if several:
@@ -238,7 +239,7 @@ def render_demonstration(row: Row, tokenizer: "PreTrainedTokenizerBase") -> tupl
     """Token ids of a row of SFT, one EOS at the end, and which of them are learned: of a `text` all."""
     if "text" in row:
         eos = str(tokenizer.eos_token)
-        ids: list[int] = tokenizer(row["text"].removesuffix(eos) + eos)["input_ids"]
+        ids: list[int] = tokenizer(row["text"].removesuffix(eos) + eos, verbose=False)["input_ids"]
         return ids, [True] * len(ids)
     if "messages" in row:
         first = next(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
