@@ -6,17 +6,19 @@
 log-likelihood of the answers' tokens, which is what a user wants learned. Equal rows have to give equal figures.
 """
 
+import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.ppo_task import write_lines
-from benchmarks.turns import header, options, write
+from benchmarks.turns import made_with, options, write
 from rlhf_recipes import world
 from rlhf_recipes.data.formats import render
 
@@ -35,23 +37,30 @@ def main() -> None:
     """Train on both forms, score the base and both adapters, and write the table."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options("messages", __doc__, task=False, turns=False)
-    chosen.dtype = "float32"
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     chats = demonstrations()
     scores = {"(before training)": nll(base(chosen.model), tokenizer, chats[:SCORED])}
     for form in FORMS:
         adapter = trained(chosen.model, chosen.cache / "messages", form, chats)
         scores[form] = nll(PeftModel.from_pretrained(base(chosen.model), adapter), tokenizer, chats[:SCORED])
-    lines = header("SFT on `messages` and on `prompt` + `completion`", "messages", chosen, None)
-    lines += ["| rows as | NLL of an answer's token |", "|---|---|"]
-    lines += [f"| {form} | {score:.3f} |" for form, score in scores.items()]
-    lines += [
+    write("messages", report(scores, json.loads((adapter / "manifest.json").read_text()), Path(chosen.model).name))
+
+
+def report(scores: dict[str, float], manifest: dict[str, Any], model: str) -> list[str]:
+    """The lines of the table."""
+    return [
+        "# SFT on `messages` and on `prompt` + `completion`",
         "",
-        f"- The same {ROWS} demonstrations, {TRAINING['max_steps']} steps of 8 rows, same seed;",
+        *made_with("messages", manifest),
+        "",
+        f"| {model}, rows as | NLL of an answer's token |",
+        "|---|---|",
+        *(f"| {form} | {score:.3f} |" for form, score in scores.items()),
+        "",
+        f"- The same {ROWS} demonstrations, {TRAINING['max_steps']} steps of 8 rows, same seed, float32;",
         f"  scored on the first {SCORED} of them, EOS included.",
         "- NLL: negative log-likelihood, in nats.",
     ]
-    write("messages", lines)
 
 
 def demonstrations() -> list[dict[str, list[dict[str, str]]]]:

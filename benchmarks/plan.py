@@ -303,7 +303,7 @@ def report(done: list[Row], note: str, chosen: argparse.Namespace) -> str:
 
 def on_cpu(folder: Path, other: str | None) -> tuple[list[Row], str]:
     """Every row measured on the CPU, and what was taken off."""
-    for name in ("evaluation", "backoff", "plan.stages", "reward_model", "ppo.trainer", "world"):
+    for name in ("evaluation", "backoff", "plan.stages", "preferences", "reward_model", "ppo.trainer", "world"):
         importlib.import_module(f"rlhf_recipes.{name}")
     import trl
 

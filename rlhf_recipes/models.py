@@ -30,7 +30,7 @@ from transformers import (
 
 from rlhf_recipes import world
 from rlhf_recipes.config import build
-from rlhf_recipes.data.formats import end_of_turn, is_conversational
+from rlhf_recipes.data.formats import end_with_the_turn, is_conversational
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.roles import POLICY, REWARD, Roles, read_adapter_config
 from rlhf_recipes.runs import disk
@@ -134,29 +134,27 @@ def load_tokenizer(model: DictConfig, rows: Dataset) -> PreTrainedTokenizerBase:
         if is_file and not file.is_file():
             raise UserError(f"model.chat_template={file}: no such file")
         tokenizer.chat_template = file.read_text() if is_file else model.chat_template
-    conversational = any(is_conversational(rows[0].get(key)) for key in ("prompt", "messages"))
-    if conversational and tokenizer.chat_template is not None:
-        try:
-            turn = end_of_turn(tokenizer)
-        except (TemplateError, TypeError) as error:
-            raise UserError(
-                f"the chat template of {model.name_or_path} cannot write a question and its answer ({error}): set "
-                "model.chat_template=<a Jinja file>"
-            ) from error
-        if turn and model.eos_token not in (None, turn):
-            faults.append(
-                f"model.eos_token={model.eos_token!r}, but the chat template of {model.name_or_path} ends an answer "
-                f"with {turn!r}, and no completion would end: leave model.eos_token out, or set model.chat_template"
-            )
-        elif turn and turn != tokenizer.eos_token:
-            logger.info("%s: answers end with %s, which its chat template writes", model.name_or_path, turn)
-            tokenizer.eos_token = turn
+    try:
+        turn = end_with_the_turn(tokenizer, rows[0])
+    except (TemplateError, TypeError) as error:
+        raise UserError(
+            f"the chat template of {model.name_or_path} cannot write a question and its answer ({error}): set "
+            "model.chat_template=<a Jinja file>"
+        ) from error
+    if turn and model.eos_token is not None:
+        faults.append(
+            f"model.eos_token={model.eos_token!r}, but the chat template of {model.name_or_path} ends an answer with "
+            f"{turn!r}, and no completion would end: leave model.eos_token out, or set model.chat_template"
+        )
+    elif turn:
+        logger.info("%s: answers end with %s, as its chat template writes them", model.name_or_path, turn)
     if tokenizer.eos_token is None and not faults:
         faults.append(
             f"the tokenizer of {model.name_or_path} has no EOS token: name one of its tokens by model.eos_token=..."
         )
     if faults:
         raise UserError("; ".join(faults))
+    conversational = any(is_conversational(rows[0].get(key)) for key in ("prompt", "messages"))
     if conversational and tokenizer.chat_template is None:
         logger.warning(
             "%s has no chat template: conversations are written as plain text, `User: ...` and `Assistant: ...` "

@@ -32,6 +32,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad, selective_log_softmax_and_entropy
 
 from rlhf_recipes.config.options import adapter_faults
@@ -622,3 +623,21 @@ def last_real_token(input_ids: Tensor, pad_token_id: int) -> Tensor:
     """
     positions = torch.arange(input_ids.size(1), device=input_ids.device)
     return (positions * (input_ids != pad_token_id)).argmax(dim=1)
+
+
+def check_padding(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a reward model that was trained to read its scores at another token than `last_real_token` would find.
+
+    Raises:
+        UserError: of the tokenizer that is saved in its folder and of this one, one pads with its EOS.
+    """
+    file = folder / "tokenizer_config.json"
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    tokens = [saved.get(name) for name in ("pad_token", "eos_token")]
+    pad, eos = (token["content"] if isinstance(token, dict) else token for token in tokens)
+    if pad is not None and (pad == eos) != (tokenizer.pad_token == tokenizer.eos_token):
+        raise UserError(
+            f"the reward model in {folder} pads with {pad} and ends answers with {eos}, but here {tokenizer.pad_token} "
+            f"pads and {tokenizer.eos_token} ends: its scores would be read at another token than it was trained on. "
+            f"Pad with {pad} (model.pad_token={pad!r}, or tokenizer.pad_token in a script)"
+        )

@@ -1,5 +1,6 @@
 """PPOTrainer on a tiny Llama: the claims that a run stands on, most of which would break without an error."""
 
+import copy
 import os
 import re
 import socket
@@ -1173,6 +1174,39 @@ def test_a_policy_is_no_critic(make_trainer, tiny_policy, tmp_path):
     tiny_policy().save_pretrained(tmp_path / "sft")
     with pytest.raises(ValueError, match=r"value_init=.*sft: an adapter without a scalar head is no critic; want"):
         make_trainer(value_init=str(tmp_path / "sft"))
+
+
+@pytest.fixture
+def turns(tokenizer):
+    """A tokenizer whose chat template ends a turn with another special token than its EOS."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["w39"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'w1 ' if m.role == 'user' else 'w2 ' }}{{ m.content }} w39 {% endfor %}"
+        "{{ 'w2 ' if add_generation_prompt }}"
+    )
+    return tokenizer
+
+
+def test_a_script_too_stops_rollouts_and_learns_demonstrations_to_the_templates_end_of_turn(
+    tiny_policy, turns, tmp_path
+):
+    said = [{"role": ("user", "assistant")[i % 2], "content": f"w{i + 10}"} for i in range(4)]
+    trainer = PPOTrainer(
+        tiny_policy(),
+        count_w3,
+        PPOConfig(str(tmp_path), bf16=False, use_cpu=True, ptx_coef=0.1, report_to="none"),
+        Dataset.from_list([{"prompt": said[:1]}] * 128),
+        processing_class=turns,
+        ptx_dataset=Dataset.from_list([{"messages": said}]),
+    )
+    end = turns.convert_tokens_to_ids("w39")
+    assert end in trainer.eos_token_ids and trainer.generation_config.eos_token_id == trainer.eos_token_ids
+    batch = trainer._demonstrations([2])
+    #                                w1 w10  w39 w2 | w11 w39  w1 w12 w39 w2  w13 w39
+    assert batch["ptx_ids"][0].tolist() == [[4, 13, end, 5, 14, end, 4, 15, end, 5, 16, end]] * 2
+    assert batch["ptx_mask"][0].int().tolist() == [[1, 1, 0, 0, 0, 0, 1, 1]] * 2
+    assert batch["ptx_tokens"] == 8
 
 
 def test_ptx_needs_demonstrations(make_trainer):

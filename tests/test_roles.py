@@ -1,5 +1,6 @@
 """Four adapters on one base: who is active, what trains, what is shared, what is saved."""
 
+import copy
 import json
 import re
 
@@ -9,7 +10,7 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForSequenceClassification
 
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.roles import HEAD_FILE, POLICY, REFERENCE, REWARD, VALUE, Roles, last_real_token
+from rlhf_recipes.roles import HEAD_FILE, POLICY, REFERENCE, REWARD, VALUE, Roles, check_padding, last_real_token
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 10, 11, 1]])
 ATTENTION = (IDS != 0).long()
@@ -367,3 +368,18 @@ def test_the_score_is_read_at_the_last_token_that_is_not_padding():
     assert last_real_token(ids, pad_token_id=0).tolist() == [3, 5]
     # pad is EOS, as in SmolLM2: transformers' classifiers read the score before the EOS, and so does PPO
     assert last_real_token(ids, pad_token_id=1).tolist() == [5, 4]
+
+
+def test_a_reward_model_that_reads_its_scores_elsewhere_is_refused(tokenizer, tmp_path):
+    """Trained with the EOS as pad it reads before the EOS; with another pad, at it."""
+    check_padding(tmp_path, tokenizer)  # no tokenizer is saved beside it: nothing is known
+    tokenizer.save_pretrained(tmp_path)
+    check_padding(tmp_path, tokenizer)
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = other.eos_token
+    with pytest.raises(UserError, match=r"pads with <pad> and ends answers with <eos>, but here <eos> pads.*'<pad>'"):
+        check_padding(tmp_path, other)
+    other.save_pretrained(tmp_path)
+    check_padding(tmp_path, other)
+    with pytest.raises(UserError, match=r"model\.pad_token='<eos>'"):
+        check_padding(tmp_path, tokenizer)

@@ -261,6 +261,22 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     return places[min(places)] if places else None
 
 
+def end_with_the_turn(tokenizer: "PreTrainedTokenizerBase", row: Row) -> str | None:
+    """Make what the chat template writes after an answer the tokenizer's EOS, where rows are conversations.
+
+    Everything follows from it: what SFT learns, where a reward is read, where rollouts and samples stop.
+
+    Returns:
+        The token, where it was another one before.
+    """
+    conversational = any(is_conversational(row.get(key)) for key in ("prompt", "messages"))
+    turn = end_of_turn(tokenizer) if conversational and tokenizer.chat_template is not None else None
+    if turn in (None, tokenizer.eos_token):
+        return None
+    tokenizer.eos_token = turn
+    return turn
+
+
 def _chat(row: Row, messages: Messages, tokenizer: "PreTrainedTokenizerBase", **options: Any) -> Any:
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools

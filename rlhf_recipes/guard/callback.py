@@ -26,7 +26,7 @@ from rlhf_recipes import data, evaluation
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.guard.scorer import Scorer
 from rlhf_recipes.guard.turning import PROMPTS, History, Point, Turn
-from rlhf_recipes.roles import POLICY, REFERENCE, Roles
+from rlhf_recipes.roles import POLICY, REFERENCE, Roles, check_padding
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,8 @@ def watch(
     """Let a trainer's evaluations be guarded; with no scorer the guard is there, and does nothing."""
     guard = Guard(trainer, roles, tokenizer, cfg, scorer)
     if scorer is not None:
+        for folder in scorer.sources.adapters:
+            check_padding(folder, tokenizer)
         scorer.hold(roles)
         trainer.add_callback(guard)
     return guard
@@ -153,6 +155,9 @@ class Guard(TrainerCallback, ExportableState):
         """The held-out prompts to answer, the same each time; raises UserError where they are too few."""
         if self.prompts is None:
             self.prompts = data.heldout_prompts(self.cfg, count=scorer.cfg.prompts)
+            if self.prompts is not None:
+                limit = getattr(self.trainer.args, "max_length", None)
+                (self.prompts,), _ = data.fit({"guard's prompts": self.prompts}, self.tokenizer, limit)
         if (found := len(self.prompts or ())) < PROMPTS:
             raise UserError(
                 f"guard: {found} held-out prompts are too few to tell a fall from noise; at least {PROMPTS}: give more "

@@ -29,7 +29,7 @@ from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
 
 from rlhf_recipes.backoff import back_off, in_chunks, until_it_fits
-from rlhf_recipes.data.formats import render_demonstration
+from rlhf_recipes.data.formats import end_with_the_turn, render_demonstration
 from rlhf_recipes.data.lengths import check_batch
 from rlhf_recipes.ensembles import Ensemble, spread
 from rlhf_recipes.errors import UserError
@@ -51,7 +51,17 @@ from rlhf_recipes.ppo.backends import continuous_batching, cuda_graphs, merged_w
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rollout import WIDTHS, Rollout
 from rlhf_recipes.rewards import RESUME, checked
-from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE, Episodes, Roles, check_adapter, disable_dropout
+from rlhf_recipes.roles import (
+    POLICY,
+    REFERENCE,
+    REWARD,
+    VALUE,
+    Episodes,
+    Roles,
+    check_adapter,
+    check_padding,
+    disable_dropout,
+)
 from rlhf_recipes.runs.manifest import read_manifest, refuse_other_bases
 
 logger = logging.getLogger(__name__)
@@ -118,6 +128,8 @@ class PPOTrainer(GRPOTrainer):
             )
         check_adapter(model.peft_config.get(POLICY) if isinstance(model, PeftModel) else peft_config)
         _refuse_what_the_policy_did_not_write(train_dataset, kwargs)
+        if isinstance(processing_class, PreTrainedTokenizerBase) and train_dataset is not None:
+            end_with_the_turn(processing_class, next(iter(train_dataset), {}))
         if args.use_vllm and getattr(model, "quantization_method", None) is not None:
             raise UserError("use_vllm=True cannot sample from a quantized base: vLLM would be sent its packed weights")
         if args.ptx_coef and ptx_dataset is None:
@@ -148,6 +160,8 @@ class PPOTrainer(GRPOTrainer):
             **kwargs,
         )
         args.beta = beta
+        for folder in adapters:
+            check_padding(folder, self._tokenizer)
         self.aux_loss_enabled = False  # that of a mixture of experts: its routers are frozen, as all of the base is
         if args.use_vllm:
             self.vllm_generation._iter_named_params = functools.partial(merged_weights, self.model)
