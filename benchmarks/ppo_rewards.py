@@ -16,7 +16,7 @@ from statistics import fmean
 
 from benchmarks import ppo_task, ppo_vs_llamafactory, ppo_vs_swift, ppo_vs_trl, turns
 from benchmarks.ppo_task import EPISODES, KL_COEFFICIENT
-from benchmarks.ppo_turns import TRAINED, Failure, Run, compete, ours, publish, reward_line, task_line
+from benchmarks.ppo_turns import CPU_SECONDS, TRAINED, Failure, Run, compete, ours, publish, reward_line, task_line
 from benchmarks.turns import DTYPES, environment, header, options, spread
 from rlhf_recipes.evaluation.intervals import interval
 
@@ -76,7 +76,7 @@ def table(results: Mapping[str, Sequence[Run | Failure]], time: Mapping[str, flo
     columns = [
         *("", f"reward after {end * EPISODES} episodes", "KL, nats", "KL by k3", f"reward - {KL_COEFFICIENT:g} KL"),
         *(f"reward at a KL of {kl:.2f}" for kl in kls),
-        *("time of an episode, x ours", "reward in our time", "turns"),
+        *("CPU time of an episode, x ours", "reward in our time", "turns"),
     ]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for label, of in runs.items():
@@ -132,7 +132,7 @@ def reward_after(run: Run, iterations: float) -> float | None:
 
 
 def times(folder: Path, dtype: str) -> dict[str, float]:
-    """The time of an episode as a multiple of ours, by this table's labels, from the tables of times as they are."""
+    """CPU time of an episode as a multiple of ours, by this table's labels, from the tables of times as they are."""
     nf4 = f"{DEFAULT}, nf4 in {DTYPES[dtype]}"
     rows: dict[str, dict[str, str | None]] = {
         "ppo_vs_llamafactory": {DEFAULT: None, "ours, all layers": None, "LLaMA-Factory": None},
@@ -142,11 +142,14 @@ def times(folder: Path, dtype: str) -> dict[str, float]:
     found = {}
     for name, labels in rows.items():
         file = folder / f"{turns.named(name, dtype)}.md"
+        ratio = None  # the column
         for line in file.read_text().splitlines() if file.exists() else ():
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             label = re.sub(rf", {DTYPES[dtype]}(?=,|$)", "", cells[0])
-            if label in labels and re.fullmatch(r"[\d.]+", cells[2]):
-                found[labels[label] or label] = float(cells[2])
+            if CPU_SECONDS in cells:
+                ratio = cells.index(CPU_SECONDS) + 1
+            elif ratio and label in labels and re.fullmatch(r"[\d.]+", cells[ratio]):
+                found[labels[label] or label] = float(cells[ratio])
     return found
 
 

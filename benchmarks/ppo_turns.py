@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 SKIPPED = 1
 """Iterations that the timing leaves out: the first holds the loading, and in ours the pretraining of the critic."""
 
+CPU_SECONDS = "CPU s / episode"
+
 TRAINED = """\
 - **Trained**: LoRA in all layers, by policy and critic; where the row says so, in the upper half of them. Our critic
   trains in the first of the two passes, and in four over the first iteration before the policy's first step."""
@@ -29,7 +31,7 @@ TRAINED = """\
 class Run(Probed):
     """One turn of one contestant."""
 
-    verdicts: dict[int, Verdict]  # on held-out prompts, by iteration; 0 is the base
+    verdicts: dict[int, Verdict] = field(default_factory=dict)  # on held-out prompts, by iteration; 0 is the base
 
     @property
     def rewards(self) -> dict[int, float]:
@@ -39,8 +41,16 @@ class Run(Probed):
     @property
     def seconds_per_episode(self) -> float:
         """Mean over the iterations that count."""
-        first = min(SKIPPED, len(self.seconds) - 1)
-        return (self.seconds[-1] - self.seconds[first - 1]) / (len(self.seconds) - first) / EPISODES
+        return self._per_episode(self.seconds)
+
+    @property
+    def cpu_seconds_per_episode(self) -> float:
+        """Likewise, of all threads."""
+        return self._per_episode(self.cpu_seconds) if self.cpu_seconds else float("nan")
+
+    def _per_episode(self, ends: Sequence[float]) -> float:
+        first = min(SKIPPED, len(ends) - 1)
+        return (ends[-1] - ends[first - 1]) / (len(ends) - first) / EPISODES
 
     def trained(self, iteration: int) -> float:
         """Seconds of training up to the end of an iteration; the first counts as the mean of those that are timed."""
@@ -145,7 +155,7 @@ def result(
 
 def table(results: dict[str, list[Run | Failure]], reference: str, iterations: int) -> list[str]:
     """One row for each contestant; `reference` is the label whose time the last column takes, and ratios refer to."""
-    columns = ["", "s / episode", "x ours", "peak RSS, MB", "x ours", "peak anonymous, MB"]
+    columns = ["", "s / episode", "x ours", CPU_SECONDS, "x ours", "peak RSS, MB", "x ours", "peak anonymous, MB"]
     judged = any(isinstance(turn, Run) and turn.rewards for turns in results.values() for turn in turns)
     columns += [f"reward after {iterations * EPISODES} episodes", "reward after our time"] if judged else []
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -160,6 +170,8 @@ def table(results: dict[str, list[Run | Failure]], reference: str, iterations: i
             cells = [
                 spread([turn.seconds_per_episode for turn in runs], 3),
                 ratio([(turn.seconds_per_episode, other.seconds_per_episode) for turn, other in beside]),
+                spread([turn.cpu_seconds_per_episode for turn in runs], 3),
+                ratio([(turn.cpu_seconds_per_episode, other.cpu_seconds_per_episode) for turn, other in beside]),
                 spread([float(turn.rss) for turn in runs], 0),
                 ratio([(turn.rss, other.rss) for turn, other in beside]),
                 spread([float(turn.anonymous) for turn in runs], 0),
@@ -201,7 +213,8 @@ def write_report(
         repeated,
         "",
         task_line(chosen),
-        "- **Time**: without the first iteration, which holds the loading and, in ours, the pretraining of the critic.",
+        "- **Time**: without the first iteration, which holds the loading and, in ours, the pretraining of the critic. "
+        "CPU seconds are those of all threads, which other work on the machine does not draw out.",
         "- **Memory**: the peak of the process less what it has after importing its libraries. Resident memory counts "
         "the pages of the mapped weight files, anonymous memory does not.",
         *([_rewards(first.rewards[0], reference)] if first and first.rewards else ()),

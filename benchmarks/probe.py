@@ -57,9 +57,10 @@ class Iterations:
     def __init__(self, folder: Path, steps: int, snapshots: set[int]) -> None:
         self.folder, self.steps, self.snapshots = folder, steps, snapshots
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []  # of all threads: what a busy machine does not draw out
         self.models: weakref.WeakSet[Any] = weakref.WeakSet()
         self._stepped = 0
-        self._paused = 0.0
+        self._paused = self._cpu_paused = 0.0
         self._policy: set[int] | None = None
 
     def watch(self) -> None:
@@ -82,11 +83,13 @@ class Iterations:
         self._stepped += 1
         if self._stepped % self.steps:
             return
-        now = time.perf_counter()
+        now, cpu = time.perf_counter(), time.process_time()
         self.seconds.append(now - self._paused)
+        self.cpu_seconds.append(cpu - self._cpu_paused)
         if len(self.seconds) in self.snapshots:
             self._snapshot(len(self.seconds))
         self._paused += time.perf_counter() - now
+        self._cpu_paused += time.process_time() - cpu
 
     def _trains_policy(self, optimizer: Any) -> bool:
         """Ours pretrains the critic with an optimizer of its own; without PEFT every optimizer counts."""
@@ -157,6 +160,7 @@ def main() -> None:
         peak = {"rss": memory("VmHWM"), "anonymous": max(anonymous.peak, memory("RssAnon"))}
         figures = {
             "seconds": iterations.seconds,
+            "cpu_seconds": iterations.cpu_seconds,
             "before": before,
             "peak": peak,
             "threads": torch.get_num_threads(),

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from statistics import fmean
@@ -58,13 +58,15 @@ class Probed:
     anonymous: int  # MB, likewise
     versions: dict[str, str]
     threads: int
+    cpu_seconds: list[float] = field(default_factory=list)  # likewise, of all threads
 
     @classmethod
     def read(cls, folder: Path) -> "Probed":
         """From the folder of a run that ended well."""
         noted = json.loads((folder / "probe.json").read_text())
         rss, anonymous = (noted["peak"][kind] - noted["before"][kind] for kind in ("rss", "anonymous"))
-        return cls(noted["seconds"], rss, anonymous, noted["versions"], noted["threads"])
+        cpu = noted.get("cpu_seconds", [])
+        return cls(noted["seconds"], rss, anonymous, noted["versions"], noted["threads"], cpu)
 
 
 def options(

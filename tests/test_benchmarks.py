@@ -45,12 +45,12 @@ def made(step: float, *, rewards: dict[int, float] | None = None) -> Run:
     """A run of eight iterations of `step` seconds each, but for a slow first one."""
     seconds = [100 + step * i for i in range(8)]
     verdicts = {n: Verdict(reward, kl=reward / 2) for n, reward in (rewards or {0: 0.0, 8: 4.0}).items()}
-    return Run(seconds, rss=1000, anonymous=500, versions={}, threads=1, verdicts=verdicts)
+    return Run(seconds, 1000, 500, {}, 1, cpu_seconds=[2 * end for end in seconds], verdicts=verdicts)
 
 
 def test_time_leaves_out_the_first_iteration() -> None:
     run = made(32.0)
-    slower = Run([1, *run.seconds[1:]], 1000, 500, {}, 1, {})
+    slower = Run([1, *run.seconds[1:]], 1000, 500, {}, 1)
 
     assert run.seconds_per_episode == 1.0
     assert slower.seconds_per_episode == pytest.approx((100 + 7 * 32 - 1) / 7 / 32)
@@ -88,7 +88,8 @@ def test_table_compares_with_ours_and_keeps_failures() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table(results, "ours", 8)[2:]]
 
     assert [row[:3] for row in rows[:2]] == [["ours", "1.000", "1.00"], ["slow", "2.000", "2.00"]]
-    assert [row[6:8] for row in rows[:2]] == [["4.00", "4.00"], ["4.00", "2.00"]]
+    assert [row[3:5] for row in rows[:2]] == [["2.000", "1.00"], ["4.000", "2.00"]], "of two threads"
+    assert [row[8:10] for row in rows[:2]] == [["4.00", "4.00"], ["4.00", "2.00"]]
     assert rows[2][:2] == ["broken", "failed: RuntimeError: a / b"]
     assert len({len(row) for row in rows}) == 1
 
@@ -110,7 +111,7 @@ def test_a_row_that_ran_once_is_compared_with_our_first_turn() -> None:
 def path(*points: tuple[float, float]) -> Run:
     """A run of 20 iterations judged at equal distances: reward and KL, the base first."""
     verdicts = {i * 20 // (len(points) - 1): Verdict(reward, kl, k3=2 * kl) for i, (reward, kl) in enumerate(points)}
-    return Run([100 + 32.0 * i for i in range(20)], 1000, 500, {}, 1, verdicts)
+    return Run([100 + 32.0 * i for i in range(20)], 1000, 500, {}, 1, verdicts=verdicts)
 
 
 def test_rewards_are_compared_at_equal_kl_and_at_equal_time() -> None:
@@ -140,11 +141,18 @@ def test_reward_at_a_kl_goes_with_its_root_and_is_none_beyond_the_run() -> None:
 
 def test_times_are_read_off_the_tables_of_times(tmp_path: Path) -> None:
     for name, rows in {
-        "ppo_vs_llamafactory": ["ours, upper half, bf16 | 0.4 | 1.00", "LLaMA-Factory, bf16 | 0.8 | 1.90"],
-        "ppo_vs_swift": ["ms-swift, bf16, rollouts of 32 | 0.8 | 1.85", "ms-swift, bf16, rollouts of 8 | 0.9 | 2.3"],
-        "ppo_vs_trl": ["TRL, bf16, rollouts of 32 | failed: RuntimeError | "],
+        "ppo_vs_llamafactory": [
+            "ours, upper half, bf16 | 9 | 1 | 0.4 | 1.00",
+            "LLaMA-Factory, bf16 | 9 | 1 | 0.8 | 1.90",
+        ],
+        "ppo_vs_swift": [
+            "ms-swift, bf16, rollouts of 32 | 9 | 1 | 0.8 | 1.85",
+            "ms-swift, bf16, rollouts of 8 | 9 | 1 | 0.9 | 2.3",
+        ],
+        "ppo_vs_trl": ["TRL, bf16, rollouts of 32 | failed: RuntimeError | | | "],
     }.items():
-        (tmp_path / f"{name}.md").write_text("\n".join(f"| {row} |" for row in rows))
+        head = "| | s / episode | x ours | CPU s / episode | x ours |"
+        (tmp_path / f"{name}.md").write_text("\n".join([head, *(f"| {row} |" for row in rows)]))
 
     assert ppo_rewards.times(tmp_path, "bfloat16") == {"ours, upper half": 1.0, "LLaMA-Factory": 1.9, "ms-swift": 1.85}
     assert ppo_rewards.times(tmp_path, "float32") == {}
@@ -179,6 +187,7 @@ def test_runs_without_snapshots_are_not_judged_and_the_table_has_no_rewards(
 ) -> None:
     chosen.snapshots = 0
     cost = {"seconds": [1.0, 33.0], "before": {"rss": 1, "anonymous": 1}, "peak": {"rss": 3, "anonymous": 2}}
+    cost |= {"cpu_seconds": [2.0, 18.0]}
     monkeypatch.setattr(ppo_task, "Judge", None)
 
     def leave(contestant: Contestant, folder: Path, seed: int, *, snapshots: list[int], resume: bool) -> None:
@@ -191,7 +200,7 @@ def test_runs_without_snapshots_are_not_judged_and_the_table_has_no_rewards(
     same = Contestant("ours", Path(sys.executable), [], lambda folder, seed: [])
     head, _, row = table(ppo_turns.compete([same], task, chosen, "costs"), "ours", 2)
 
-    assert "reward" not in head and row == "| ours | 1.000 | 1.00 | 2 | 1.00 | 1 |"
+    assert "reward" not in head and row == "| ours | 1.000 | 1.00 | 0.500 | 1.00 | 2 | 1.00 | 1 |"
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
