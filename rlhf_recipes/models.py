@@ -32,7 +32,7 @@ from rlhf_recipes import world
 from rlhf_recipes.config import build
 from rlhf_recipes.data.formats import end_with_the_turn, is_conversational
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.roles import POLICY, REWARD, Roles, read_adapter_config
+from rlhf_recipes.roles import POLICY, REWARD, Roles, keep_as_packed, on_a_causal_model, read_adapter_config
 from rlhf_recipes.runs import disk
 
 logger = logging.getLogger(__name__)
@@ -230,11 +230,7 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
     model = auto.from_pretrained(source(cfg.model), config=config, dtype=dtype(cfg.model), **common)
     if not cfg.quantization:
         model.to(device())  # a trainer would do so too, but some models have none: those of samples and of eval
-    for module in model.modules():
-        # bitsandbytes repacks 4-bit weights at the first pass without gradients on such a CPU, and rounds their scales:
-        # the model would change in the middle of a run
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_as_packed(model)
     return model.requires_grad_(False)
 
 
@@ -310,8 +306,7 @@ def load_scorer(cfg: DictConfig, adapter: Path) -> Roles:
     Raises:
         UserError: the adapter has no scalar head, or was made for another base.
     """
-    config = read_adapter_config(adapter)
-    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, True
+    config = on_a_causal_model(read_adapter_config(adapter))
     roles = Roles(get_peft_model(load_base(cfg), config), trunk=0)
     roles.hold(REWARD, [adapter])
     roles.model.eval()

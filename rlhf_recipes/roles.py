@@ -91,6 +91,7 @@ class Roles:
         self.full_precision(POLICY)
         if (lm_head := model.get_output_embeddings()) is not None:
             lm_head.register_forward_pre_hook(_contiguous_on_cpu)
+        keep_as_packed(model)
         _positions_from_mask(self.decoder)
         _leave_casts_to_autocast(model)
 
@@ -147,10 +148,8 @@ class Roles:
                 f"the adapter in {folder} was made on the base {base}, and this model is {name}. If their weights are "
                 f"the same, say so: put {name!r} as base_model_name_or_path into its {CONFIG_FILE}."
             )
-        saved = set(config.modules_to_save or ()) - {"score", "classifier"}  # those are heads of their own here
-        config.task_type, config.modules_to_save = "CAUSAL_LM", sorted(saved) or None
         try:
-            self._add(adapter, config)
+            self._add(adapter, on_a_causal_model(config))
         except ValueError as error:  # its layers are not in this model
             raise UserError(f"the adapter in {folder} does not fit: {error}") from error
         self.load(adapter, folder)
@@ -565,6 +564,14 @@ def disable_dropout(model: nn.Module) -> None:
                     setattr(holder, name, 0.0)
 
 
+def keep_as_packed(model: nn.Module) -> None:
+    """Leave 4-bit weights as they are packed: on a CPU with bf16 instructions, bitsandbytes packs them anew at the
+    first pass without gradients, and rounds their scales. The model would change in the middle of a run."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _positions_from_mask(decoder: nn.Module) -> None:
     """Let a decoder count the positions of padded rows (b, s) from their first real token, as generation does.
 
@@ -595,6 +602,14 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise UserError(f"no adapter in {folder} (looked for {CONFIG_FILE})")
     config = PeftConfig.from_pretrained(str(folder))
     check_adapter(config)
+    return config
+
+
+def on_a_causal_model(config: LoraConfig) -> LoraConfig:
+    """The config of a reward model's adapter for the causal model, which has no scalar head."""
+    config = copy.copy(config)
+    saved = set(config.modules_to_save or ()) - {"score", "classifier"}
+    config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", sorted(saved) or None, True
     return config
 
 

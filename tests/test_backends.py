@@ -47,7 +47,8 @@ def test_each_decoding_step_but_the_first_is_a_replay_and_samples_the_same(make_
 
         return replay, outputs
 
-    trainer = make_trainer(max_completion_length=6, generation_kwargs={"min_new_tokens": 6}, rollout_batch_size=5)
+    trainer = make_trainer(max_completion_length=6, rollout_batch_size=5)
+    trainer.generation_config.min_new_tokens = 6
 
     def sampled():
         torch.manual_seed(0)
@@ -129,7 +130,8 @@ def test_tokens_come_from_the_distribution_that_the_trained_policy_is_scored_by(
         return made
 
     monkeypatch.setattr(type(trainer.model.get_base_model()), "init_continuous_batching", listening)
-    completions = backends.continuous_batching(trainer.model, PROMPTS, trainer.generation_config, told, rows=4)
+    answers = backends.continuous_batching(trainer.model, PROMPTS, trainer.generation_config, told, rows=4)
+    completions = [answer.generated_tokens for answer in answers]
     rollout = trainer._rolled_out(PROMPTS, completions)
     for row, completion in enumerate(completions):
         by_sampler = torch.tensor(drawn[tuple(completion)])
@@ -165,7 +167,7 @@ def test_a_cache_that_does_not_fit_is_made_for_half_as_many_sequences(make_train
         tried.append(args[-1])
         if args[-1] > 4:
             raise MemoryError("Memory footprint 9 is more than available memory 8")
-        return [[1]] * len(args[1])
+        return [SimpleNamespace(generated_tokens=[1])] * len(args[1])
 
     monkeypatch.setattr("rlhf_recipes.ppo.trainer.continuous_batching", fits_four)
     assert trainer._generate_single_turn(PROMPTS, None, {}, 1)[0] == [[1]] * 10

@@ -133,6 +133,7 @@ def test_metrics_are_json_with_the_figures_of_each_stage(chain):
     assert rm["scale"] == chain.json("rm", "head.json")
     assert {"accuracies", "margins", "sft", "dpo", "change"} == dpo.keys()
     assert {"objective", "sft", "ppo", "change"} <= ppo.keys() and isinstance(ppo["objective"], float)
+    assert ppo["self_test"]["kl"] == ppo["self_test"]["base"] == 0 and ppo["self_test"]["reward"] < 1e-3
     for metrics, policies in ((sft, ("base", "sft")), (dpo, ("sft", "dpo")), (ppo, ("sft", "ppo"))):
         for policy in policies:
             assert compared <= metrics[policy].keys(), policy

@@ -95,8 +95,12 @@ FUNCTIONS = {
     PeftModel.load_adapter: "self model_id adapter_name is_trainable",
     PeftModel.save_pretrained: "self save_directory safe_serialization selected_adapters",
     PeftModel.add_adapter: "self adapter_name peft_config",
+    PeftModel.delete_adapter: "self adapter_name",
     PeftModel.disable_adapter: "self",
-    peft.utils.save_and_load.get_peft_model_state_dict: "model state_dict adapter_name",
+    peft.utils.save_and_load.get_peft_model_state_dict: "model state_dict adapter_name save_embedding_layers",
+    peft.utils.save_and_load.set_peft_model_state_dict: "model peft_model_state_dict adapter_name",
+    peft.utils.save_and_load.load_peft_weights: "model_id device",
+    trl.GRPOTrainer._tokenize_prompts: "self prompts",
     trl.trainer.utils.pad: "tensors padding_value padding_side pad_to_multiple_of",
     trl.trainer.utils.selective_log_softmax_and_entropy: "logits index entropy_requires_grad temperature",
     trl.trainer.utils.shuffle_sequence_dict: "seq_dict",  # what they do with lists: tests/test_rollout.py

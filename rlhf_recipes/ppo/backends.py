@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.requests import GenerationOutput
 
 from rlhf_recipes.roles import POLICY
 
@@ -83,8 +84,8 @@ def continuous_batching(
     generation_config: GenerationConfig,
     config: ContinuousBatchingConfig,
     rows: int,
-) -> list[list[int]]:
-    """Completions of prompts by transformers' continuous batching, `rows` sequences at a time, in the prompts' order.
+) -> list[GenerationOutput]:
+    """Answers to prompts by transformers' continuous batching, `rows` sequences at a time, in the prompts' order.
 
     The paged cache has room for just these sequences; `config` may set its limits otherwise.
 
@@ -121,7 +122,7 @@ def continuous_batching(
     errors = [output.error for output in done.values() if output.error]
     if failure or errors or len(done) < len(requests):
         raise failure or RuntimeError(f"continuous batching failed: {(errors or ['it ended early'])[0]}")
-    return [done[request].generated_tokens for request in requests]
+    return [done[request] for request in requests]
 
 
 @torch.no_grad()

@@ -50,6 +50,7 @@ from rlhf_recipes.ppo.advantages import (
 from rlhf_recipes.ppo.backends import continuous_batching, cuda_graphs, merged_weights
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rollout import WIDTHS, Rollout
+from rlhf_recipes.ppo.self_test import base_sums, self_test
 from rlhf_recipes.rewards import RESUME, checked
 from rlhf_recipes.roles import (
     POLICY,
@@ -183,7 +184,8 @@ class PPOTrainer(GRPOTrainer):
         self._pass_kl: defaultdict[int, list[float]] = defaultdict(list)  # KL to the generating policy, by pass
         self._stop_passes = False
         self._seconds: defaultdict[str, float] = defaultdict(float)  # by phase, since the last rollout
-        self._trunk_checked = False
+        self.reward_adapters = adapters
+        self.self_test: dict[str, float | None] | None = None  # its figures, from the first rollout on
         self._rollout_batch_size, self._score_batch_size = args.rollout_batch_size, args.per_device_train_batch_size
         self.add_callback(_BetweenIterations(self))
         back_off(self)
@@ -194,6 +196,7 @@ class PPOTrainer(GRPOTrainer):
         if stages := {folder: made["base"] for folder in reward_adapters if (made := read_manifest(folder))}:
             refuse_other_bases(stages, fingerprint(model))
         roles = Roles(model, args.trunk, args.frozen_top)
+        self.base_sums = base_sums(roles)
         roles.add_copy(REFERENCE, POLICY)
         if reward_adapters:
             roles.hold(REWARD, reward_adapters, Ensemble(args.reward_ensemble, args.reward_spread_coef))
@@ -246,9 +249,10 @@ class PPOTrainer(GRPOTrainer):
             with generating_by(self.model.get_base_model(), self.generation_config):  # not by the model's own
                 if self.use_transformers_continuous_batching:
                     settings = self.generation_config, self.continuous_batching_config
-                    completions, fitted = until_it_fits(
+                    answers, fitted = until_it_fits(
                         rows, size, lambda size: continuous_batching(self.model, prompt_ids, *settings, size)
                     )
+                    completions = [answer.generated_tokens for answer in answers]
                 else:
                     with cuda_graphs(self.model, self.generation_config) if self.args.cuda_graphs else nullcontext():
                         chunks, fitted = in_chunks(rows, size, lambda chunk: sample(prompt_ids[chunk]))
@@ -268,7 +272,6 @@ class PPOTrainer(GRPOTrainer):
         rollout = Rollout.padded(prompt_ids, completion_ids, pad_id, self.accelerator.device, multiple)
         rollout.sort(self.args.per_device_train_batch_size, multiple or WIDTHS)
         with self._timed("score"), self.accelerator.autocast():
-            self._check_trunk(rollout)
             if self.roles.trunk_layers:
                 rollout.trunk = self._compute(rollout, lambda ids, mask, _: self.roles.trunk_states(ids, mask))
             scored = [x.unbind(-1) for x in self._compute(rollout, self._logps_and_kl)]
@@ -285,19 +288,6 @@ class PPOTrainer(GRPOTrainer):
                     logps.append(self._token_logps(self.model, input_ids, attention_mask, completion_length)[0])
         mask = attention_mask[:, -completion_length:].bool()
         return torch.stack([*logps, self.roles.exact_kl(adapters, outputs, mask, self.temperature)], dim=-1)
-
-    def _check_trunk(self, rollout: Rollout) -> None:
-        """Once, compare the model's output with and without the trunk, and go without where they differ."""
-        if self._trunk_checked or not self.roles.trunk_layers:
-            return
-        ids, mask = (x[:2] for x in rollout.inputs(rollout.micro_batches[0]))
-        whole = self.roles.hidden_states(ids, mask).float()
-        with self.roles.trunk_given(self.roles.trunk_states(ids, mask)):
-            difference = (self.roles.hidden_states(ids, mask).float() - whole)[mask.bool()].norm() / whole.norm()
-        if difference > 1e-2:  # rounding in bf16; a wrong trunk differs by its whole norm
-            logger.warning("the shared trunk changes this model's output (by %.2g): going without it", difference)
-            self.roles.trunk_layers = 0
-        self._trunk_checked = True
 
     def _compute(self, rollout: Rollout, compute: Callable[[Tensor, Tensor, int], Any]) -> list[Any]:
         """`compute(input_ids, attention_mask, completion_length)` of each micro-batch, with the trunk given."""
@@ -409,6 +399,8 @@ class PPOTrainer(GRPOTrainer):
         return self.roles.scalars(VALUE, hidden)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.self_test is None:
+            self.self_test = self_test(self, [row["prompt"] for row in inputs])
         started = time.perf_counter()
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
