@@ -97,7 +97,8 @@ FUNCTIONS = {
     PeftModel.add_adapter: "self adapter_name peft_config",
     PeftModel.delete_adapter: "self adapter_name",
     PeftModel.disable_adapter: "self",
-    peft.utils.save_and_load.get_peft_model_state_dict: "model state_dict adapter_name unwrap_compiled save_embedding_layers",
+    peft.utils.save_and_load.get_peft_model_state_dict: "model state_dict adapter_name unwrap_compiled "
+    "save_embedding_layers",
     peft.utils.save_and_load.set_peft_model_state_dict: "model peft_model_state_dict adapter_name",
     peft.utils.save_and_load.load_peft_weights: "model_id device",
     trl.GRPOTrainer._tokenize_prompts: "self prompts",
