@@ -373,7 +373,7 @@ def endpoint(url: str) -> RewardFunction:
                     if isinstance(error, urllib.error.HTTPError):
                         said = f" ({error.read(200).decode(errors='replace')})"
                     raise UserError(
-                        f"the reward endpoint {url} failed {attempts} times: {error}{said}. {RESUME}"
+                        f"the reward endpoint {shown_url(url)} failed {attempts} times: {error}{said}. {RESUME}"
                     ) from error
             time.sleep(FIRST_WAIT * 2 ** (attempts - 1))
 
@@ -388,6 +388,5 @@ def _read_rewards(url: str, answer: bytes, wanted: int) -> list[float | None]:
         seen = f"{len(rewards)} rewards"
     except (ValueError, KeyError, TypeError):
         seen = repr(answer[:200].decode(errors="replace"))
-    raise UserError(
-        f'the reward endpoint {url} answered {seen}; want {{"rewards": [...]}} with {wanted} numbers or nulls'
-    )
+    want = f'{{"rewards": [...]}} with {wanted} numbers or nulls'
+    raise UserError(f"the reward endpoint {shown_url(url)} answered {seen}; want {want}")

@@ -512,7 +512,7 @@ def test_eval_measures_every_policy_of_the_run_and_the_best_of_n(compared):
     # DPO learned the same pairs as the reward model
     seen = [(p, "the run's reward model", p == "base") for p in others]
     assert wins == [(p, "gold", True) for p in others] + seen
-    assert all(low <= mean <= high for row in metrics["win_rates"] for mean, low, high in [row["win_rate"]])
+    assert all(low <= mean <= high for row in metrics["win_rates"] for mean, low, high, *_ in [row["win_rate"]])
     assert metrics["reward_model"]["accuracy"] == json.loads((folder / "rm/metrics.json").read_text())["accuracy"]
     assert "no evidence" in output and "at equal length" in output
 

@@ -463,3 +463,8 @@ def test_a_function_that_does_not_take_what_it_is_given_is_told_what_that_is():
         return completions
 
     assert "completion_ids, all columns of the data and more: **kwargs)" in told_of(score)
+
+
+def test_the_secrets_of_an_endpoints_address_stand_in_no_message():
+    with pytest.raises(UserError, match=r"the reward endpoint http://\*\*\*@host/\?v=1&key=\*\*\* answered 2 rewards"):
+        rewards._read_rewards("http://me:pw@host/?v=1&key=k", b'{"rewards": [1, 2]}', 1)

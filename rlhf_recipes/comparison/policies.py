@@ -14,6 +14,7 @@ from rlhf_recipes import data, rewards, terminal
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.rewards import Rewards
 from rlhf_recipes.runs import Made, disk, finished, run_folder
+from rlhf_recipes.runs.contents import contents
 from rlhf_recipes.runs.manifest import MANIFEST, read_manifest
 
 BASE, REWARD = "base", "reward"
@@ -182,7 +183,7 @@ def _rewards(policies: Sequence[Policy], reward_model: Made | None) -> list[Rewa
                 measure,
                 marks,
                 alone,
-                _contents(marks),
+                disk.hash_value([sorted(marks), contents({f"reward.{k}": v for k, v in source.section.items()})]),
                 (section.get("ensemble", "mean"), section.get("spread_coef", 1.0)),
                 source.weight if number == 0 else 0.0,
             )
@@ -191,12 +192,6 @@ def _rewards(policies: Sequence[Policy], reward_model: Made | None) -> list[Rewa
         return [replace(reward, weight=0.0) for reward in found.values()]
     single = parts if len(parts) == 1 and parts[0].weight == 1 else []  # it is the sum
     return [replace(reward, measure=REWARD) if reward in single else reward for reward in found.values()]
-
-
-def _contents(marks: frozenset[str]) -> str:
-    """A hash of what identifies a reward, and of the file that holds its function."""
-    files = [Path(mark.rpartition(":")[0]) for mark in sorted(marks)]
-    return disk.hash_value([*sorted(marks), *(disk.hash_file(file) for file in files if file.is_file())])
 
 
 def prompts(cfg: DictConfig) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def from_config(cfg: DictConfig, run_model: Path | None) -> Scorer | None:
     """
     asked = cfg.guard
     names = rewards.named_models(asked.model) + [str(_path(f)) for f in asked.functions or []]
-    names += [asked.url] * (asked.url is not None) + ["gold"] * asked.gold
+    names += [rewards.shown_url(url) for url in [asked.url] if url is not None] + ["gold"] * asked.gold
     if not names:
         return None
     sources = rewards.from_config(asked, run_model, "guard")
