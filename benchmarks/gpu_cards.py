@@ -31,8 +31,9 @@ from typing import Any
 from benchmarks.plan import data_file, write_data, write_tokenizer
 from benchmarks.probe import AnonymousPeak, memory, versions
 from benchmarks.turns import REPOSITORY, error_line, processor, write
+from rlhf_recipes import PPOConfig
 from rlhf_recipes.allocator import grow_segments
-from rlhf_recipes.config import compose
+from rlhf_recipes.config import build, compose
 from rlhf_recipes.plan.command import CONTEXT, Asked
 
 logger = logging.getLogger(__name__)
@@ -105,16 +106,21 @@ class Cell:
         """Optimizer steps of what is timed: one, or those that a rollout batch serves."""
         if self.stage != "ppo":
             return 1
-        training = compose("ppo", overrides).training
+        training = ppo_arguments(overrides)
         passes = 2 if self.timed else 1
         return int(passes * training.steps_per_generation // training.gradient_accumulation_steps)
 
     def tokens(self, overrides: Sequence[str]) -> int:
         """Of the rows of what is timed, each token counted once."""
-        training = compose(self.stage, overrides).training
+        training = ppo_arguments(overrides) if self.stage == "ppo" else compose(self.stage, overrides).training
         portions = training.steps_per_generation if self.stage == "ppo" else training.gradient_accumulation_steps
         rows = training.per_device_train_batch_size * portions * (2 if self.stage in ("rm", "dpo") else 1)
         return int(rows * (self.prompt + self.answer))
+
+
+def ppo_arguments(overrides: Sequence[str]) -> PPOConfig:
+    """PPO's arguments with their defaults, whatever device this machine has."""
+    return build(PPOConfig, compose("ppo", overrides).training, output_dir=None, use_cpu=True, bf16=False)
 
 
 def main() -> None:

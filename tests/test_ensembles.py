@@ -94,15 +94,19 @@ def test_a_role_held_beside_a_training_policy_is_frozen_and_shares_the_trunk(tin
         assert not {p.data_ptr() for p in own.values()} & {p.data_ptr() for p in policy.values()}
 
 
-def test_a_member_of_another_rank_is_refused_by_name(tiny_llama, tiny_policy, reward_models, tmp_path):
+def test_a_member_of_another_rank_scores_by_its_own(tiny_llama, tiny_policy, reward_models, tmp_path):
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     other = Roles(get_peft_model(tiny_llama(), config), trunk=0.5)
     other.add_head(POLICY, torch.ones(1, 32))
     other.save_scalar(POLICY, tmp_path / "rank2")
-    with pytest.raises(UserError, match=rf"the adapter in {tmp_path / 'rank2'} does not fit"):
-        Roles(tiny_policy(), trunk=0.5).hold(REWARD, [*reward_models(5), tmp_path / "rank2"])
+    roles = Roles(tiny_policy(), trunk=0.5)
+    roles.hold(REWARD, [*reward_models(5), tmp_path / "rank2"])
+    ids = torch.tensor([[5, 6, 7]])
+    with roles.active("reward_1"):
+        scored = roles.scores(ids, torch.ones_like(ids), 0, "reward_1")
+    torch.testing.assert_close(scored, other.scores(ids, torch.ones_like(ids), 0, POLICY))
 
 
 def test_a_member_without_a_head_is_refused_by_name(tiny_policy, reward_models, tmp_path):

@@ -51,7 +51,7 @@ def test_a_sweep_of_reward_models_is_an_ensemble_and_one_of_them_the_guard(share
     ensemble = [f"reward.model=[run,{rm}/seed=1]", "reward.ensemble=worst"]
     guard = ["guard=reward_model", "guard.min_accuracy=0"]
     code, output = run("ppo", *shared, *STEPS, *ONLY_FEW, *ensemble, *guard, f"guard.model={rm}/seed=1")
-    assert code == 2 and f"guard.model: {rm}/seed=1 is {rm}/seed=1, which PPO optimizes" in output
+    assert code == 2 and f"guard.model: {rm}/seed=1 is {rm}/seed=1 of reward.model, which PPO optimizes" in output
     done("ppo", *shared, *STEPS, *ONLY_FEW, *ensemble, *guard, f"guard.model={rm}/seed=2")
     made = of_run(shared) / "ppo"
     manifest = json.loads((made / "manifest.json").read_text())

@@ -20,7 +20,8 @@ from rlhf_recipes.ensembles import ENSEMBLES
 from rlhf_recipes.roles import ADAPTER_FILE, HEAD_KEY
 
 WITHOUT_EFFECT = ("prefill_chunk_size", "use_cache", "cache_config", "disable_compile", "compile_config")
-"""What generation_kwargs may hold: nothing that changes what is sampled."""
+"""What generation_kwargs may hold, beside `min_new_tokens` (to measure time and memory): nothing that changes what is
+sampled."""
 EPISODES = 128
 """At least so many make a rollout batch, where nothing else is said."""
 
@@ -324,7 +325,7 @@ def _faults(args: PPOConfig) -> list[str]:
             "max_steps=-1"
         )
     given = json.loads(args.generation_kwargs) if isinstance(args.generation_kwargs, str) else args.generation_kwargs
-    for name in sorted({*(given or {})} - {*WITHOUT_EFFECT}):
+    for name in sorted({*(given or {})} - {*WITHOUT_EFFECT, "min_new_tokens"}):
         own = "max_completion_length" if name == "max_new_tokens" else name
         found.append(
             f"generation_kwargs: {name} is an option of its own, {own}"
