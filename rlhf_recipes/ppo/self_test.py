@@ -24,6 +24,7 @@ import torch
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.evaluation.sampling import generating_by
 from rlhf_recipes.ppo.backends import continuous_batching, cuda_graphs
@@ -73,7 +74,7 @@ def self_test(trainer: PPOTrainer, prompts: Sequence[Any]) -> dict[str, float | 
     Raises:
         UserError: something is wrong beyond any rounding.
     """
-    started, training = time.perf_counter(), trainer.model.training
+    started, training, size = time.perf_counter(), trainer.model.training, trainer._score_batch_size
     device = trainer.accelerator.device
     try:
         trainer.model.eval()
@@ -82,6 +83,7 @@ def self_test(trainer: PPOTrainer, prompts: Sequence[Any]) -> dict[str, float | 
             own = _figures(trainer, prompts[:ROWS])
     finally:
         trainer.model.train(training)
+        trainer._score_batch_size = size  # what fits is for whole micro-batches to find out
     known = torch.tensor([math.inf if x is None or math.isnan(x) else x for x in own.values()], device=device)
     worst = trainer.accelerator.gather(known[None]).amax(dim=0).tolist()
     figures = {name: None if own[name] is None else x for name, x in zip(own, worst, strict=True)}
@@ -108,8 +110,11 @@ def _figures(trainer: PPOTrainer, prompts: Sequence[Any]) -> dict[str, float | N
 
     tokens = trainer._tokenize_prompts(list(prompts))[0]
     prompt_ids = [list(ids)[-PROMPT_TOKENS // (row + 1) :] for row, ids in enumerate(tokens)]  # of several lengths
-    completion_ids, sampled = _sampled(trainer, prompt_ids)
-    trunk = _trunk_difference(trainer, prompt_ids, completion_ids)
+    size = trainer._rollout_batch_size or ROWS
+    parts, _ = in_chunks(len(prompt_ids), size, lambda rows: _sampled(trainer, prompt_ids[rows]))
+    completion_ids = [ids for completions, _ in parts for ids in completions]
+    sampled = [logps for _, by_sampler in parts for logps in by_sampler or ()]
+    trunk = _trunk_difference(trainer, prompt_ids[:2], completion_ids[:2])
     if trunk is not None and not trunk <= TRUNK_TOLERANCE:  # rounding in bf16; a wrong one differs by all of it
         logger.warning("the shared trunk changes this model's output (by %.2g): going without it", trunk)
         roles.trunk_layers = 0
@@ -131,7 +136,7 @@ def _figures(trainer: PPOTrainer, prompts: Sequence[Any]) -> dict[str, float | N
     if weight_sums(parameters) != now:
         logger.warning("the first pass changed weights of the base: rewards and KL before it spoke of another model")
     return {
-        "sampler": None if sampled is None else _mean_difference(sampled, rollout.logps, rollout.mask),
+        "sampler": None if not sampled else _mean_difference(sampled, rollout.logps, rollout.mask),
         "ratio": (ratio - 1).abs().max().item(),
         "kl": None if trainer.state.global_step else rollout.kl.abs().max().item(),
         "trunk": trunk,
