@@ -203,10 +203,10 @@ def test_the_critic_starts_from_the_reward_model_and_moves_with_its_head(chain):
     reward, critic = chain.adapter("rm"), chain.adapter("ppo/value")
     scale, bias = chain.json("rm", "head.json"), chain.json("ppo/value", "head.json")
     assert differing(reward, critic) == upper(critic) | {HEAD_KEY}
-    moved = critic[HEAD_KEY] - reward[HEAD_KEY] / scale["std"]
-    # Adam moves a weight by about its learning rate of 2e-3 in a step, and there were four
-    assert 0 < moved.abs().max() < 4 * 2.1e-3
-    assert bias["mean"] != pytest.approx(scale["mean"] / scale["std"], abs=1e-9)
+    # scaled and shifted to fit the first returns, and trained from there: the direction is hardly another one
+    similarity = torch.nn.functional.cosine_similarity(critic[HEAD_KEY], reward[HEAD_KEY]).abs().item()
+    assert 0.9 < similarity < 1 - 1e-6
+    assert (bias["mean"], bias["std"]) != (scale["mean"], scale["std"])
 
 
 def test_every_tensor_is_saved_in_float32(chain):
