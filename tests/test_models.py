@@ -64,6 +64,14 @@ def test_what_has_no_pad_token_or_pads_with_its_eos_pads_with_an_unused_special_
     assert not caplog.records
 
 
+@pytest.mark.parametrize("preset", ["smollm2-135m", "smollm2-360m"])
+def test_smollm2_is_padded_with_another_token_than_its_eos(chatml, tokenizer_folder, preset):
+    chatml.add_special_tokens({"extra_special_tokens": ["<|endoftext|>", "<repo_name>"]})  # as in its vocabulary
+    pad = compose("sft", [f"model={preset}"]).model.pad_token
+    loaded = models.load_tokenizer(tokenizer_folder(chatml, f"model.pad_token='{pad}'"), CHAT_ROWS)
+    assert (loaded.pad_token, loaded.eos_token) == ("<|endoftext|>", "<|im_end|>")
+
+
 def test_a_tokenizer_whose_only_special_token_is_eos_pads_with_it_and_says_what_that_hides(
     gpt2_like, tokenizer_folder, caplog
 ):
