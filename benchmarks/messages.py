@@ -63,9 +63,9 @@ def report(scores: dict[str, float], manifest: dict[str, Any], model: str) -> li
     ]
 
 
-def demonstrations() -> list[dict[str, list[dict[str, str]]]]:
+def demonstrations(part: str = "train") -> list[dict[str, list[dict[str, str]]]]:
     """Chats of a question and its answer, as `prompt` and `completion`."""
-    rows = world.demonstrations(0)["train"][:ROWS]
+    rows = world.demonstrations(0)[part][:ROWS]
     roles = {"prompt": "user", "completion": "assistant"}
     return [{key: [{"role": roles[key], "content": row[key].strip()}] for key in roles} for row in rows]
 
@@ -74,8 +74,10 @@ def trained(model: str, folder: Path, form: str, chats: list[dict[str, list[dict
     """The folder of an adapter that the recipe made of the chats in a form."""
     name = form.replace(" + ", "_")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [{"messages": row["prompt"] + row["completion"]} for row in chats] if form == "messages" else chats
-    write_lines(folder / f"{name}.jsonl", rows)
+    for part, rows in (("train", chats), ("test", demonstrations("test")[:8])):
+        if form == "messages":
+            rows = [{"messages": row["prompt"] + row["completion"]} for row in rows]
+        write_lines(folder / f"{name}-{part}.jsonl", rows)
     overrides = {
         "run": name,
         "runs_dir": folder / "runs",
@@ -83,8 +85,8 @@ def trained(model: str, folder: Path, form: str, chats: list[dict[str, list[dict
         "model.name_or_path": model,
         "model.dtype": "float32",
         "data": "files",
-        "data.sft.path": folder / f"{name}.jsonl",
-        "data.heldout": 1,
+        "data.sft.path": folder / f"{name}-train.jsonl",
+        "data.sft.test": folder / f"{name}-test.jsonl",
         "evaluation.prompts": 0,
         **{f"training.{key}": value for key, value in TRAINING.items()},
     }
