@@ -51,7 +51,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     best = {args.metric_for_best_model: trainer.state.best_metric}
     best |= evaluation.kept(trainer)
     figures = best | {"stopped": trainer.stop_reason or watched.stop_reason} | watched.figures
-    figures |= {"self_test": trainer.self_test}
+    figures |= {"self_test": trainer.self_test_at_start}
     reward.functions = trainer.reward_funcs[bool(reward.adapters) :]  # classifiers as they are loaded
     compared = {cfg.start: REFERENCE, "ppo": POLICY}
     changes = evaluation.changes(cfg, asked, trainer.roles, tokenizer, compared, reward)

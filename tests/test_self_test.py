@@ -112,11 +112,13 @@ def test_a_policy_changed_by_hand_and_a_cut_that_was_asked_for_are_warned_of(mak
 
 def test_after_a_resume_the_kl_is_left_out_and_the_rest_tried(make_trainer, tiny_policy, tmp_path, caplog):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    make_trainer(tiny_policy(), **settings).train()
+    begun = make_trainer(tiny_policy(), **settings)
+    begun.train()
     resumed = make_trainer(tiny_policy(), **settings)
     caplog.set_level(logging.INFO, logger="rlhf_recipes")
     resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
     assert resumed.self_test["kl"] is None and resumed.self_test["ratio"] == 0
+    assert resumed.self_test_at_start == begun.self_test != resumed.self_test  # and metrics tell that of the start
     assert "left out: the KL (the policy has moved: the run was resumed)" in caplog.text
 
 

@@ -186,6 +186,7 @@ class PPOTrainer(GRPOTrainer):
         self._seconds: defaultdict[str, float] = defaultdict(float)  # by phase, since the last rollout
         self.reward_adapters = adapters
         self.self_test: dict[str, float | None] | None = None  # its figures, from the first rollout on
+        self.self_test_at_start: dict[str, float | None] | None = None  # those before the first step, in a resume too
         self._rollout_batch_size, self._score_batch_size = args.rollout_batch_size, args.per_device_train_batch_size
         self.add_callback(_BetweenIterations(self))
         back_off(self)
@@ -401,6 +402,7 @@ class PPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.self_test is None:
             self.self_test = self_test(self, [row["prompt"] for row in inputs])
+            self.self_test_at_start = self.self_test_at_start or self.self_test
         started = time.perf_counter()
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
@@ -771,6 +773,7 @@ class PPOTrainer(GRPOTrainer):
                 "return_scale": dataclasses.asdict(self.return_scale),
                 "value_bias": self.roles.heads[VALUE].bias.item(),
                 "stop_reason": self.stop_reason,
+                "self_test": self.self_test_at_start,
             }
             (folder / STATE_FILE).write_text(json.dumps(state))
 
@@ -782,6 +785,7 @@ class PPOTrainer(GRPOTrainer):
         self.roles.load(VALUE, folder / VALUE, bias=state["value_bias"])
         self.kl.coef = state["kl_coef"]
         self.return_scale = ReturnScale(**state["return_scale"])
+        self.self_test_at_start = state["self_test"]
         self.stop_reason = self.stop_reason or state["stop_reason"]  # the best checkpoint was saved before the stop
 
     def _load_best_model(self) -> None:
