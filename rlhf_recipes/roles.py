@@ -20,7 +20,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from typing import Any, Self
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -50,8 +52,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 SCALING = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 """What an adapter's tensors mean depends on these fields of its config."""
-KL_LOGITS = 2**23
-"""Logits that are held at once, for each of two policies, to compare them: 32 MB in float32."""
+KL_LOGITS = {"cpu": 2**21, "cuda": 2**24}
+"""Logits of each of two policies that are held at once to compare them, by device: 8 and 64 MB in float32."""
 HEAD_KEY = "base_model.model.score.weight"
 """Where PEFT keeps the scalar head of a sequence classification adapter."""
 HEAD_FILE = "head.json"
@@ -404,14 +406,17 @@ class Roles:
         """
         columns = slice(-mask.size(1) - 1, -1)  # the states that say the next token
         states = [output.last_hidden_state[:, columns][mask] for output in outputs]
-        size = max(KL_LOGITS // self.model.config.get_text_config().vocab_size, 1)
+        most = KL_LOGITS.get(mask.device.type, KL_LOGITS["cuda"])
+        size = max(most // self.model.config.get_text_config().vocab_size, 1)
+        adapted = isinstance(self.model.get_output_embeddings(), BaseTunerLayer | AuxiliaryTrainingWrapper)
         parts = []
         for chunk in zip(*(x.split(size) for x in states), strict=True):
             logps = []
             for adapter, output, some in zip(adapters, outputs, chunk, strict=True):
-                with self.active(adapter):
-                    logps.append((self._logits(output, some).float() / temperature).log_softmax(-1))
-            parts.append((logps[0].exp() * (logps[0] - logps[1])).sum(-1))
+                with self.active(adapter) if adapted else nullcontext():  # which takes long, for many small chunks
+                    logps.append((self._logits(output, some).float().div_(temperature)).log_softmax(-1))
+            difference = logps[0] - logps[1]
+            parts.append(logps[0].exp_().mul_(difference).sum(-1))
         kl = torch.zeros(mask.shape, device=mask.device)
         kl[mask] = torch.cat(parts) if parts else kl[mask]
         return kl

@@ -23,7 +23,7 @@ from trl.trainer.utils import selective_log_softmax
 from rlhf_recipes import PPOConfig, PPOTrainer, portions
 from rlhf_recipes.config import build, compose
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE
+from rlhf_recipes.roles import KL_LOGITS, POLICY, REFERENCE, REWARD, VALUE
 
 
 def count_w3(completions, **kwargs):
@@ -401,7 +401,7 @@ def test_the_lm_head_sees_the_completion_alone(make_trainer):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_kl_is_the_sum_over_the_vocabulary_at_each_token(make_trainer, monkeypatch, temperature):
-    monkeypatch.setattr("rlhf_recipes.roles.KL_LOGITS", 3 * 43)  # three tokens at once, of a vocabulary of 43
+    monkeypatch.setitem(KL_LOGITS, "cpu", 3 * 43)  # three tokens at once, of a vocabulary of 43
     trainer = make_trainer(temperature=temperature, max_steps=3, learning_rate=0.05)
     trainer.train()
     rollout = trainer._rolled_out([[5, 6], [7]], [[10, 11, 12, 1], [10, 11]])
