@@ -1,6 +1,7 @@
 """The benchmarks against rivals: what they read out of runs, and the table they make of it."""
 
 import argparse
+import copy
 import json
 import os
 import subprocess
@@ -224,6 +225,7 @@ def test_the_judge_counts_the_kl_over_the_whole_vocabulary_and_keeps_its_verdict
 
     monkeypatch.setattr(ppo_task, "NEW_TOKENS", 1)  # the KL of one token needs no samples
     made, words = ppo_task.Task(tmp_path, "float32"), ["w1", "w2 w3"]
+    tokenizer = copy.deepcopy(tokenizer)  # other tests share it
     tokenizer.chat_template = "{% for m in messages %}w9 {{ m.content.split()[-1] }} {% endfor %}"
     base = tiny_llama()
     for model in (base, LlamaForSequenceClassification(base.config)):

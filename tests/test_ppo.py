@@ -1133,7 +1133,7 @@ def test_a_trunk_over_all_layers_with_an_adapter_is_refused(make_trainer, tiny_l
 
 def test_an_adapter_without_a_head_is_no_critic(make_trainer, tiny_policy, tmp_path):
     tiny_policy().save_pretrained(tmp_path / "sft")
-    with pytest.raises(UserError, match="no scalar head"):
+    with pytest.raises(ValueError, match="an adapter without a scalar head is no critic"):
         make_trainer(value_init=str(tmp_path / "sft"))
 
 
