@@ -41,6 +41,7 @@ from rlhf_recipes.roles import (
 )
 
 if TYPE_CHECKING:
+    from rlhf_recipes.ppo.rollout import Rollout
     from rlhf_recipes.ppo.trainer import PPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def _figures(trainer: PPOTrainer, prompts: Sequence[Any]) -> dict[str, float | N
     ratio = (logps - rollout.logps)[rollout.mask].exp()
 
     rewards = [
-        (_shared_scores(trainer, rollout, member) - _scores_alone(trainer, folder, prompt_ids, completion_ids)).abs()
+        (_shared_scores(trainer, rollout, member) - _scores_alone(trainer, rollout, folder)).abs()
         for member, folder in zip(roles.members(REWARD), trainer.reward_adapters, strict=False)
     ]
     if weight_sums(parameters) != now:
@@ -189,7 +190,9 @@ def _sampled(trainer: PPOTrainer, prompt_ids: list[list[int]]) -> tuple[list[lis
         return [ids[-NEW_TOKENS:] for ids in prompt_ids], None
     base, config = trainer.model.get_base_model(), copy.deepcopy(trainer.generation_config)
     config.update(max_new_tokens=min(NEW_TOKENS, config.max_new_tokens or NEW_TOKENS))
-    config.update(return_dict_in_generate=True, output_scores=True)
+    config.update(
+        min_new_tokens=None, return_dict_in_generate=True, output_scores=True
+    )  # the minimum is for benchmarks
     with generating_by(base, config):
         if trainer.use_transformers_continuous_batching:
             settings = copy.copy(trainer.continuous_batching_config)
@@ -231,20 +234,18 @@ def _trunk_difference(
             return ((roles.hidden_states(*inputs).float()[real] - whole).norm() / whole.norm()).item()
 
 
-def _shared_scores(trainer: PPOTrainer, rollout: Any, member: str) -> Tensor:
-    """Scores (2,) of the first episodes by a reward role, as PPO takes them."""
+def _shared_scores(trainer: PPOTrainer, rollout: Rollout, member: str) -> Tensor:
+    """Scores (b,) of episodes by a reward role, as PPO takes them."""
 
     def scores(input_ids: Tensor, attention_mask: Tensor, _: int) -> Tensor:
         return trainer.roles.scores(input_ids, attention_mask, trainer._tokenizer.pad_token_id, member)
 
     with trainer.accelerator.autocast(), trainer.roles.active(member):
-        return rollout.join(trainer._compute(rollout, scores))[:2]
+        return rollout.join(trainer._compute(rollout, scores))
 
 
-def _scores_alone(
-    trainer: PPOTrainer, folder: Path, prompt_ids: list[list[int]], completion_ids: list[list[int]]
-) -> Tensor:
-    """Scores (2,) of the same episodes, each without padding or trunk, by the adapter as PEFT adds and loads it."""
+def _scores_alone(trainer: PPOTrainer, rollout: Rollout, folder: Path) -> Tensor:
+    """Scores (b,) of the same batches, in whole passes, by the adapter as PEFT adds and loads it."""
     model, peft_class, scores = trainer.model, type(trainer.model), []
     scale = json.loads((folder / HEAD_FILE).read_text()) if (folder / HEAD_FILE).exists() else {}
     tensors = load_peft_weights(str(folder), device=str(model.device))
@@ -254,16 +255,15 @@ def _scores_alone(
         adapter = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
         set_peft_model_state_dict(model, adapter, adapter_name=ALONE)
         peft_class.set_adapter(model, ALONE, inference_mode=True)
-        for prompt, completion in list(zip(prompt_ids, completion_ids, strict=True))[:2]:
-            ids = torch.tensor([prompt + completion], device=model.device)
+        for ids, mask in map(rollout.inputs, rollout.micro_batches):
             with trainer.accelerator.autocast():
-                hidden = trainer.roles.decoder(input_ids=ids).last_hidden_state[0]
-            last = last_real_token(ids, trainer._tokenizer.pad_token_id)
-            scores.append((hidden[last].float() @ head.T)[0, 0])
+                hidden = trainer.roles.hidden_states(ids, mask)
+            last = hidden[torch.arange(len(ids)), last_real_token(ids, trainer._tokenizer.pad_token_id)]
+            scores.append((last.float() @ head.T)[:, 0])
     finally:
         peft_class.delete_adapter(model, ALONE)
         trainer.roles.activate(POLICY)
-    return (torch.stack(scores) - scale.get("mean", 0.0)) / scale.get("std", 1.0)
+    return (rollout.join(scores) - scale.get("mean", 0.0)) / scale.get("std", 1.0)
 
 
 def base_sums(roles: Roles) -> list[tuple[nn.Parameter, int]]:
