@@ -284,7 +284,8 @@ def load_reward_model(cfg: DictConfig, adapter: Path | None) -> PeftModel:
     """
     config = build(LoraConfig, cfg.lora) if adapter is None else read_adapter_config(adapter)
     base = load_base(cfg, classifier=True)
-    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score"], False
+    kept = set(config.modules_to_save or ()) - {"lm_head"}  # a classifier has none
+    config.task_type, config.modules_to_save, config.inference_mode = "SEQ_CLS", ["score", *sorted(kept)], False
     set_seed(cfg.seed)
     model = get_peft_model(base, config)
     if adapter is not None:

@@ -169,6 +169,8 @@ class Roles:
         head = saved.pop(HEAD_KEY, None)
         base = {name for name, _ in self.model.named_parameters()}  # PEFT saves embeddings too, adapted ones
         saved = {name: tensor for name, tensor in saved.items() if name not in base}
+        if self.model.get_output_embeddings() is None:  # a classifier has no use for an LM head
+            saved = {name: tensor for name, tensor in saved.items() if ".lm_head." not in name}
         held = get_peft_model_state_dict(self.model, adapter_name=adapter, save_embedding_layers=False)
         own_head = {HEAD_KEY: held.pop(HEAD_KEY)} if HEAD_KEY in held else {}
         shapes, wanted = ({n: tuple(t.shape) for n, t in tensors.items()} for tensors in (saved, held))

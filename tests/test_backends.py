@@ -224,6 +224,7 @@ def test_a_run_by_continuous_batching_is_resumed_bit_for_bit_on_a_cpu(make_train
     assert not moved(weights(unbroken, POLICY, VALUE), weights(resumed, POLICY, VALUE))
     assert history(resumed, "reward") == history(unbroken, "reward")
     assert history(unbroken, "kl")[0] == 0 and history(unbroken, "ratio")[0] == 1
+    assert unbroken.self_test["sampler"] < 1e-5  # by the log-probabilities of continuous batching itself
     assert len(history(unbroken, "eval_objective")) == 2
 
 

@@ -16,7 +16,7 @@ from rlhf_recipes import models
 from rlhf_recipes.config import compose
 from rlhf_recipes.data.formats import render, render_prompt
 from rlhf_recipes.errors import UserError
-from rlhf_recipes.roles import HEAD_KEY, POLICY, REFERENCE, read_adapter
+from rlhf_recipes.roles import HEAD_KEY, POLICY, REFERENCE, Roles, read_adapter
 
 CHAT = [{"role": "user", "content": "w1 w2"}]
 ANSWER = [{"role": "assistant", "content": "w3 w4"}]
@@ -476,6 +476,16 @@ def test_a_reward_model_starts_from_the_sft_adapter_with_a_new_score_head_in_flo
     assert [n.split("score.")[1] for n in heads] == [f"modules_to_save.{POLICY}.weight"]
     head = next(iter(heads.values()))
     assert head.dtype == torch.float32 and head.shape == (1, 32) and head.std() > 0
+
+
+def test_a_reward_model_keeps_what_sft_trained_in_full_but_an_lm_head(base, tmp_path):
+    policy = models.load_policy(config(base, "lora.modules_to_save=[embed_tokens,lm_head]"), None)
+    trained = Roles(policy, trunk=0).parameters(POLICY)
+    name = next(n for n in trained if "embed_tokens" in n)
+    trained[name].data.add_(1)
+    policy.save_pretrained(tmp_path / "sft")
+    reward = Roles(models.load_reward_model(config(base, recipe="rm"), tmp_path / "sft"), trunk=0)
+    assert torch.equal(reward.parameters(POLICY)[name], trained[name])
 
 
 @pytest.mark.parametrize("overrides", [[], NF4, ["model.dtype=bfloat16"]], ids=["fp32", "nf4", "bf16"])

@@ -261,8 +261,8 @@ def _scores_alone(trainer: PPOTrainer, rollout: Rollout, folder: Path) -> Tensor
             last = hidden[torch.arange(len(ids)), last_real_token(ids, trainer._tokenizer.pad_token_id)]
             scores.append((last.float() @ head.T)[:, 0])
     finally:
-        peft_class.delete_adapter(model, ALONE)
         trainer.roles.activate(POLICY)
+        peft_class.delete_adapter(model, ALONE)
     return (rollout.join(scores) - scale.get("mean", 0.0)) / scale.get("std", 1.0)
 
 
