@@ -8,17 +8,15 @@ Finished stages are not made again, so a broken-off benchmark goes on where it w
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
 from benchmarks.turns import made_with
-from rlhf_recipes import data, evaluation, models, reward_model, terminal, world
+from rlhf_recipes import models, reward_model, terminal, world
 from rlhf_recipes.config import compose
-from rlhf_recipes.evaluation.intervals import Interval, interval, summarize
-from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, Roles
-from rlhf_recipes.runs import disk
 
 SEEDS = (0, 1, 2, 3, 4)
 STAGES = ("sft", "rm", "dpo", "ppo")
@@ -27,7 +25,6 @@ POLICIES = ("sft", "dpo", "ppo")
 SAMPLES = 16  # of each held-out prompt, for the tables of the stages
 COMPARED = 8  # samples of each held-out prompt, for win rates
 RANKINGS = 12  # of each held-out prompt, to measure reward models on
-LOOKED = 8  # samples of each held-out prompt, for the checkpoints that PPO looked at
 RESULTS = Path(__file__).parent / "results" / "embedded.md"
 
 
@@ -37,8 +34,7 @@ def main(runs_dir: str = "runs/benchmark") -> None:
     for seed in SEEDS:
         for stage in STAGES:
             options = [f"run=seed{seed}", f"seed={seed}", f"runs_dir={runs_dir}", f"evaluation.samples={SAMPLES}"]
-            all_kept = ["training.save_total_limit=100"] * (stage == "ppo")  # they are measured again below
-            subprocess.run([sys.executable, "-m", f"recipes.{stage}", *options, *all_kept], check=True)
+            subprocess.run([sys.executable, "-m", f"recipes.{stage}", *options], check=True)
         compared = [*options[:3], f"evaluation.samples={COMPARED}", f"eval.policies=[{','.join(POLICIES)}]"]
         subprocess.run([sys.executable, "-m", "recipes.eval", *compared], check=True)
     RESULTS.parent.mkdir(exist_ok=True)
@@ -56,7 +52,8 @@ def report(runs: Path) -> str:
             cells = [f"{figures[m][0]:.3f} ± {figures[m][1]:.3f}" for m in MEASURES]
             lines.append(f"| {seed} | {label} | " + " | ".join(cells) + " |")
         accuracy.append(reward_model_row(runs / f"seed{seed}", seed))
-        checkpoints += checkpoint_rows(seed, looks(runs / f"seed{seed}", seed))
+        log = [json.loads(line) for line in (runs / f"seed{seed}" / "ppo" / "log.jsonl").read_text().splitlines()]
+        checkpoints += checkpoint_rows(seed, metrics["ppo"], log)
     manifest = json.loads((runs / "seed0" / "ppo" / "manifest.json").read_text())
     return "\n".join(
         [
@@ -78,9 +75,8 @@ def report(runs: Path) -> str:
             "|---|---|---|---|---|---|",
             *accuracy,
             "",
-            f"The checkpoints that PPO looked at, measured again on the held-out prompts, {LOOKED} samples of each;",
-            "the KL is summed over the vocabulary. The last column is half of the KL's interval from one sample of",
-            "each prompt, which is what a training run looks at, as a fraction of the KL:",
+            "The checkpoints that PPO looked at on one sample of each held-out prompt; the KL is summed over the",
+            "vocabulary. The last column is half of the 95% interval of the KL above, as a fraction of it:",
             "",
             "| seed | step | reward | KL to SFT | reward - beta x KL | kept | best | interval of the KL |",
             "|---" * 8 + "|",
@@ -90,53 +86,17 @@ def report(runs: Path) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Look:
-    """What a checkpoint of PPO is worth on the held-out prompts."""
-
-    step: int
-    reward: Interval
-    kl: Interval  # nats per completion
-    objective: Interval  # reward - beta x KL
-    kl_of_one_sample: Interval  # of each prompt
-    kept: bool  # these are the weights that the stage ended with
-
-
-def looks(run: Path, seed: int) -> list[Look]:
-    """Every checkpoint of a finished PPO stage, measured with the same noise."""
-    cfg = compose("ppo", [f"seed={seed}"])
-    prompts = data.load(cfg.data, "prompts", cfg.seed)
-    asked = data.heldout_prompts(cfg, prompts.test)
-    tokenizer = models.load_tokenizer(cfg.model, prompts.train)
-    roles = Roles(models.load_policy(cfg, run / "sft"), trunk=cfg.trunk)
-    roles.add_copy(REFERENCE, POLICY)
-    roles.hold(REWARD, [run / "rm"])
-    options, weights = cfg.evaluation, "adapter_model.safetensors"
-    kept = disk.hash_file(run / "ppo" / weights)
-    found = []
-    for folder in (run / "ppo" / "checkpoints").glob("checkpoint-*"):
-        roles.load(POLICY, folder)
-        sampling = {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size, "seed": cfg.seed}
-        made = evaluation.sample(roles.model, tokenizer, asked, samples=LOOKED, **sampling)
-        rewards = evaluation.rewards(roles, tokenizer, made, options.batch_size)
-        kl = evaluation.kl(roles, tokenizer, made, options.batch_size, policy=POLICY, reference=REFERENCE)
-        objective = [score - cfg.training.beta * nats for score, nats in zip(rewards, kl, strict=True)]
-        means = summarize({"reward": rewards, "kl": kl, "objective": objective}, LOOKED)
-        same = disk.hash_file(folder / weights) == kept
-        step = int(folder.name.removeprefix("checkpoint-"))
-        found.append(Look(step, **means, kl_of_one_sample=interval(kl[::LOOKED]), kept=same))
-    return sorted(found, key=lambda look: look.step)
-
-
-def checkpoint_rows(seed: int, found: list[Look]) -> list[str]:
-    """A line for each checkpoint; `best` is marked by the means, whatever their intervals."""
-    best = max(found, key=lambda look: look.objective.mean)
+def checkpoint_rows(seed: int, metrics: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each checkpoint that PPO looked at; the stage keeps the one whose objective is in its metrics."""
+    looks = [entry for entry in log if "eval_objective" in entry]
+    mean, half_width = metrics["ppo"]["KL to SFT"]
+    best = max(look["eval_objective"] for look in looks)
     lines = []
-    for look in found:
-        figures = [f"{mean:.3f} ± {half:.3f}" for mean, half in (look.reward, look.kl, look.objective)]
-        marks = ["yes" if look.kept else "", "yes" if look is best else ""]
-        fraction = f"{look.kl_of_one_sample.half_width / look.kl_of_one_sample.mean:.1%}"
-        lines.append(f"| {' | '.join([str(seed), str(look.step), *figures, *marks, fraction])} |")
+    for look in looks:
+        figures = [f"{look[key]:.3f}" for key in ("eval_reward", "eval_kl", "eval_objective")]
+        kept, is_best = look["eval_objective"] == metrics["objective"], look["eval_objective"] == best
+        marks = ["yes" if kept else "", "yes" if is_best else "", f"{half_width / mean:.1%}" if kept else ""]
+        lines.append(f"| {' | '.join([str(seed), str(look['step']), *figures, *marks])} |")
     return lines
 
 

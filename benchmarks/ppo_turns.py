@@ -153,8 +153,12 @@ def result(
     return Run(**vars(probed), verdicts=start | verdicts)
 
 
-def table(results: dict[str, list[Run | Failure]], reference: str, iterations: int) -> list[str]:
-    """One row for each contestant; `reference` is the label whose time the last column takes, and ratios refer to."""
+def table(results: dict[str, list[Run | Failure]], reference: str, iterations: int, *, busy: bool = False) -> list[str]:
+    """One row for each contestant; `reference` is the label whose time the last column takes, and ratios refer to.
+
+    Args:
+        busy: other work ran beside, so wall time says nothing.
+    """
     columns = ["", "s / episode", "x ours", CPU_SECONDS, "x ours", "peak RSS, MB", "x ours", "peak anonymous, MB"]
     judged = any(isinstance(turn, Run) and turn.rewards for turns in results.values() for turn in turns)
     columns += [f"reward after {iterations * EPISODES} episodes", "reward after our time"] if judged else []
@@ -176,6 +180,8 @@ def table(results: dict[str, list[Run | Failure]], reference: str, iterations: i
                 ratio([(turn.rss, other.rss) for turn, other in beside]),
                 spread([float(turn.anonymous) for turn in runs], 0),
             ]
+            if busy:
+                cells[:2] = ["-", "-"]
             if judged:
                 cells += [spread([turn.rewards.get(iterations) for turn in runs], 2), spread(equal_time, 2)]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
@@ -208,13 +214,13 @@ def write_report(
     )
     text = [
         *header(title, name, chosen, first),
-        *table(results, reference, chosen.iterations),
+        *table(results, reference, chosen.iterations, busy=chosen.busy),
         "",
         repeated,
         "",
         task_line(chosen),
         "- **Time**: without the first iteration, which holds the loading and, in ours, the pretraining of the critic. "
-        "CPU seconds are those of all threads, which other work on the machine does not draw out.",
+        "CPU seconds are those of all threads, which other work on the machine hardly draws out.",
         "- **Memory**: the peak of the process less what it has after importing its libraries. Resident memory counts "
         "the pages of the mapped weight files, anonymous memory does not.",
         *([_rewards(first.rewards[0], reference)] if first and first.rewards else ()),

@@ -112,6 +112,9 @@ def options(
         )
         parser.add_argument("--resume", action="store_true", help="keep the runs that are finished")
         parser.add_argument(
+            "--busy", action="store_true", help="other work ran beside: CPU time alone, no wall time in the table"
+        )
+        parser.add_argument(
             "--judge",
             choices=("kept", "again"),
             help="run nothing: take the verdicts on the policies that lie in the cache, or judge them again",
@@ -244,7 +247,8 @@ def made_with(name: str, manifest: Mapping[str, Any]) -> list[str]:
 def header(title: str, name: str, chosen: argparse.Namespace, probed: Probed | None) -> list[str]:
     """The first lines of a report: what was run, when, in which dtype, and on what."""
     given = {key: getattr(chosen, key) for key in ("iterations", "snapshots", "turns", "dtype") if key in chosen}
-    command = " ".join([f"python -m benchmarks.{name}", *(f"--{key} {value}" for key, value in given.items())])
+    busy = ["--busy"] if getattr(chosen, "busy", False) else []
+    command = " ".join([f"python -m benchmarks.{name}", *(f"--{key} {value}" for key, value in given.items()), *busy])
     threads = probed.threads if probed else "?"
     device = f"{processor()}, {threads} threads, {platform.system()} {platform.machine()}"
     packages = ", ".join(f"{p} {v}" for p, v in probed.versions.items()) if probed else "?"

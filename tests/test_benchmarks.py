@@ -39,7 +39,6 @@ from benchmarks.trained_window import WINDOWS
 from benchmarks.trained_window_pretrained import Window
 from benchmarks.turns import Contestant, error_line, spread
 from rlhf_recipes.config import compose
-from rlhf_recipes.evaluation import Interval
 
 
 def made(step: float, *, rewards: dict[int, float] | None = None) -> Run:
@@ -107,6 +106,7 @@ def test_a_row_that_ran_once_is_compared_with_our_first_turn() -> None:
 
     assert (ours[1], ours[2]) == ("1.500 (1.000 to 2.000)", "1.00")
     assert once[2] == "1.00", "it took what ours took in that turn, not 0.67 of our mean"
+    assert cells_of(table(results, "ours", 8, busy=True))[1][1:4] == ["-", "-", ours[3]]
 
 
 def path(*points: tuple[float, float]) -> Run:
@@ -577,14 +577,14 @@ def test_cells_are_the_recipes_with_the_cards_own_preset(stage: str, card: int, 
 
 
 def test_the_best_of_ppos_checkpoints_is_marked_beside_the_one_that_was_kept() -> None:
-    def look(step: int, objective: float, kept: bool) -> embedded.Look:
-        kl = Interval(0.5, 0.01)
-        return embedded.Look(step, Interval(0.6, 0.1), kl, Interval(objective, 0.1), Interval(0.5, 0.04), kept)
+    looks = [(42, 0.3), (84, 0.4)]
+    log = [{"step": s, "eval_reward": 0.6, "eval_kl": 0.5, "eval_objective": o} for s, o in looks]
+    metrics = {"objective": 0.3, "ppo": {"KL to SFT": [0.5, 0.04]}}
 
-    first, last = cells_of(embedded.checkpoint_rows(3, [look(42, 0.3, True), look(84, 0.4, False)]))
+    first, last = cells_of(embedded.checkpoint_rows(3, metrics, [{"step": 1, "kl": 0.1}, *log]))
 
-    assert first == ["3", "42", "0.600 ± 0.100", "0.500 ± 0.010", "0.300 ± 0.100", "yes", "", "8.0%"]
-    assert last[5:7] == ["", "yes"]
+    assert first == ["3", "42", "0.600", "0.500", "0.300", "yes", "", "8.0%"]
+    assert last == ["3", "84", "0.600", "0.500", "0.400", "", "yes", ""]
 
 
 # Interruptions
