@@ -189,10 +189,9 @@ def _sampled(trainer: PPOTrainer, prompt_ids: list[list[int]]) -> tuple[list[lis
     if trainer.use_vllm:
         return [ids[-NEW_TOKENS:] for ids in prompt_ids], None
     base, config = trainer.model.get_base_model(), copy.deepcopy(trainer.generation_config)
-    config.update(max_new_tokens=min(NEW_TOKENS, config.max_new_tokens or NEW_TOKENS))
-    config.update(
-        min_new_tokens=None, return_dict_in_generate=True, output_scores=True
-    )  # the minimum is for benchmarks
+    config.max_new_tokens = min(NEW_TOKENS, config.max_new_tokens or NEW_TOKENS)
+    config.min_new_tokens = None  # benchmarks set it
+    config.return_dict_in_generate = config.output_scores = True
     with generating_by(base, config):
         if trainer.use_transformers_continuous_batching:
             settings = copy.copy(trainer.continuous_batching_config)
@@ -200,7 +199,8 @@ def _sampled(trainer: PPOTrainer, prompt_ids: list[list[int]]) -> tuple[list[lis
             answers = continuous_batching(trainer.model, prompt_ids, config, settings, len(prompt_ids))
             return [a.generated_tokens for a in answers], [a.logprobs for a in answers]
         prompts = Episodes.padded(prompt_ids, [[]] * len(prompt_ids), trainer._tokenizer.pad_token_id, base.device)
-        with cuda_graphs(trainer.model, config) if trainer.args.cuda_graphs else nullcontext():
+        graphs = cuda_graphs(trainer.model, config) if trainer.args.cuda_graphs else nullcontext()
+        with graphs, trainer.accelerator.autocast():
             made = trainer.model.generate(
                 input_ids=prompts.input_ids, attention_mask=prompts.attention_mask, generation_config=config
             )
@@ -258,7 +258,9 @@ def _scores_alone(trainer: PPOTrainer, rollout: Rollout, folder: Path) -> Tensor
         for ids, mask in map(rollout.inputs, rollout.micro_batches):
             with trainer.accelerator.autocast():
                 hidden = trainer.roles.hidden_states(ids, mask)
-            last = hidden[torch.arange(len(ids)), last_real_token(ids, trainer._tokenizer.pad_token_id)]
+            last = hidden[
+                torch.arange(len(ids), device=ids.device), last_real_token(ids, trainer._tokenizer.pad_token_id)
+            ]
             scores.append((last.float() @ head.T)[:, 0])
     finally:
         trainer.roles.activate(POLICY)
