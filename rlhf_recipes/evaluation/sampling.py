@@ -54,14 +54,15 @@ class RowNoise(LogitsProcessor):
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        try:
+            self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        except (NotImplementedError, RuntimeError):  # a device without generators of its own
+            self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (b, vocabulary) with noise."""
-        noise = torch.empty_like(scores)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores - noise.log_()
+        rows = [scores.new_empty(scores.size(1), device=g.device).exponential_(generator=g) for g in self.generators]
+        return scores - torch.stack(rows).to(scores.device).log_()
 
 
 @torch.no_grad()

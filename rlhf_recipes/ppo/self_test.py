@@ -248,8 +248,8 @@ def _scores_alone(trainer: PPOTrainer, rollout: Rollout, folder: Path) -> Tensor
     """Scores (b,) of the same batches, in whole passes, by the adapter as PEFT adds and loads it."""
     model, peft_class, scores = trainer.model, type(trainer.model), []
     scale = json.loads((folder / HEAD_FILE).read_text()) if (folder / HEAD_FILE).exists() else {}
-    tensors = load_peft_weights(str(folder), device=str(model.device))
-    head = tensors.pop(HEAD_KEY).float()
+    tensors = load_peft_weights(str(folder), device="cpu")
+    head = tensors.pop(HEAD_KEY).float().to(model.device)
     peft_class.add_adapter(model, ALONE, on_a_causal_model(read_adapter_config(folder)))
     try:
         adapter = {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
