@@ -21,7 +21,7 @@ from rlhf_recipes.plan.dry_run import dry_run, without_data
 from rlhf_recipes.plan.overrides import _moves, overrides_that_fit
 from rlhf_recipes.plan.passes import Passes, adapters
 from rlhf_recipes.plan.shapes import PRESETS, model_config
-from rlhf_recipes.plan.stages import base_dtype, phases, plan, training_arguments
+from rlhf_recipes.plan.stages import PARTS, Plan, base_dtype, phases, plan, training_arguments
 
 PROMPT = 48
 LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -66,7 +66,7 @@ def sft(text):
 
     @functools.cache
     def planned(*overrides):
-        return phases("sft", compose("sft", [*text, *overrides]), only="training")[0]
+        return phases("sft", compose("sft", [*text, *overrides]), only=["training"])[0]
 
     return planned
 
@@ -77,7 +77,7 @@ def ppo(episodes):
 
     @functools.cache
     def planned(*overrides, only="policy pass"):
-        return phases("ppo", compose("ppo", [*episodes, *overrides]), prompt_length=PROMPT, only=only)[0]
+        return phases("ppo", compose("ppo", [*episodes, *overrides]), prompt_length=PROMPT, only=[only])[0]
 
     return planned
 
@@ -112,7 +112,7 @@ def test_weights_and_adapters_are_those_of_the_real_model():
     cfg = compose("sft", ["model.dtype=float32"])  # the embedded base
     real = models.new_adapter(models.load_base(cfg), cfg)
     lora = sum(p.nbytes for name, p in real.named_parameters() if "lora_" in name)
-    [found] = phases("sft", cfg, only="training")
+    [found] = phases("sft", cfg, only=["training"])
     whole = sum(t.nbytes for t in (*real.parameters(), *real.buffers()))
     assert found.parts["weights"] == whole - lora
     assert found.parts["adapters"] == found.parts["gradients"] == lora
@@ -129,7 +129,7 @@ def test_nf4_weights_are_those_of_a_really_quantized_model():
         if state := getattr(getattr(module, "weight", None), "quant_state", None):
             for tensor in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code):
                 seen[tensor.data_ptr()] = tensor.nbytes
-    planned = phases("sft", cfg, only="training")[0].parts["weights"]
+    planned = phases("sft", cfg, only=["training"])[0].parts["weights"]
     assert planned == pytest.approx(sum(seen.values()), rel=0.02)  # bitsandbytes shares its code books
 
 
@@ -180,7 +180,7 @@ def test_few_layers_drawn_out_say_what_the_whole_depth_says(text, episodes):
         args = training_arguments(stage, cfg, dtype)
         for phase in ("training",) if stage == "dpo" else ("policy pass", "rollouts, last token"):
             whole = Passes(stage, cfg, args, dtype, "cuda", PROMPT, below=5, above=2, top=2).measure([phase])[phase]
-            [found] = phases(stage, cfg, prompt_length=PROMPT, only=phase)
+            [found] = phases(stage, cfg, prompt_length=PROMPT, only=[phase])
             drawn_out = sum(found.parts[part] for part in ("activations", "logits", "cache"))
             assert drawn_out == pytest.approx(sum(whole.values()), rel=0.02)
 
@@ -223,7 +223,8 @@ def test_layers_frozen_on_top_train_nothing_and_keep_what_their_input_needs(ppo)
 def test_no_trunk_is_advised_that_leaves_no_layer_to_train(episodes):
     cfg = compose("ppo", [*episodes, "trunk=0.25", "frozen_top=0.5", "quantization=nf4"])
     args = training_arguments("ppo", cfg, torch.bfloat16)
-    assert all("trunk" not in move for move in _moves("ppo", "policy pass", cfg, args, kept_too_much=True))
+    kept = Plan("ppo", "policy pass", dict.fromkeys(PARTS, 0) | {"weights": 2})
+    assert all("trunk" not in move for move in _moves("ppo", kept, cfg, args, limit=1))
 
 
 def test_the_trunk_is_there_but_while_sequences_are_generated(ppo):
@@ -257,7 +258,7 @@ def made_to_fit(stage, overrides, share, phase):
     """Overrides that bring a phase down to a share of its peak, and are enough."""
 
     def planned(overrides):
-        return phases(stage, compose(stage, overrides), prompt_length=PROMPT, only=phase)
+        return phases(stage, compose(stage, overrides), prompt_length=PROMPT, only=[phase])
 
     before = planned(overrides)
     limit = int(share * before[0].peak)

@@ -67,9 +67,9 @@ def plan(stage: str, cfg: DictConfig, *, prompt_length: int = 512, device: str =
 
 
 def phases(
-    stage: str, cfg: DictConfig, *, prompt_length: int = 512, device: str = "cuda", only: str | None = None
+    stage: str, cfg: DictConfig, *, prompt_length: int = 512, device: str = "cuda", only: Sequence[str] | None = None
 ) -> Sequence[Plan]:
-    """The peak of each phase of a stage, or of one.
+    """The peak of each phase of a stage, or of some.
 
     Memory is a straight line in the trained layers and in the frozen ones on top, and those of the trunk leave nothing
     behind, so that models of few layers, one of them with one more here or there, tell it of any number.
@@ -90,7 +90,7 @@ def phases(
     ) -> dict[str, dict[str, int]]:
         return Passes(stage, cfg, args, dtype, device, prompt_length, below, above, top).measure(names)
 
-    few = measure([only] if only else None)
+    few = measure(only)
     if stage == "rm":  # its samples come from a policy, loaded when the trainer is gone
         few |= measure([phase for phase in few if generates(phase)], "sft")
     passes = [phase for phase in few if not generates(phase)]
