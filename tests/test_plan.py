@@ -283,6 +283,27 @@ def test_a_rollout_batch_stays_what_it_is_when_its_micro_batches_shrink(episodes
         assert getattr(after, same) == getattr(before, same)
 
 
+def test_the_search_jumps_to_the_rows_that_fit_and_then_plans_all_other_phases_at_once(text, monkeypatch):
+    """Each plan takes seconds: one for each halving and one for each phase would be most of the time."""
+    asked = []
+
+    def linear(stage, cfg, *, only, **lengths):
+        asked.append(only)
+        rows = {"training": cfg.training.per_device_train_batch_size, "evaluation": 5, "samples, KL": 5}
+        return [Plan(stage, name, dict.fromkeys(PARTS, 0) | {"activations": 100 * rows[name]}) for name in only]
+
+    overrides = [*text, "training.per_device_train_batch_size=64", "training.gradient_accumulation_steps=1"]
+    phases = ["training", "evaluation", "samples, KL"]
+    found = linear("sft", compose("sft", overrides), only=phases)
+    monkeypatch.setattr("rlhf_recipes.plan.overrides.phases", linear)
+    extra = overrides_that_fit(found, overrides, limit=800)
+    assert extra["training.per_device_train_batch_size"] == "8"
+    assert asked[1:] == [["training"]]
+    extra = overrides_that_fit(found, overrides, limit=400)
+    assert extra is None  # nothing helps the others here
+    assert asked[2:4] == [["training"], ["evaluation", "samples, KL"]]
+
+
 def test_weights_that_are_too_many_are_quantized_first_and_too_many_still_are_told(sft, text):
     found = sft()
     assert next(iter(overrides_that_fit([found], text, found.kept - 1))) == "quantization"
