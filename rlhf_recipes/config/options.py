@@ -248,6 +248,7 @@ DECIDED = {
     "training.assistant_only_loss": "of a conversation the assistant's turns alone are learned, whatever the template; "
     "training.completion_only_loss=false learns all of it",
     "training.dataset_text_field": "use data.sft.columns.text",
+    "training.remove_unused_columns": "each recipe sets it by the columns that it reads",
     "training.pad_token": "use model.pad_token",
     "training.trunk": "use trunk",
     "training.frozen_top": "use frozen_top",
