@@ -57,7 +57,11 @@ clean:  ## remove .venv and caches; runs/ stays
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "RLHF Recipes needs Python 3.11 or newer, and $(PYTHON) is: $$($(PYTHON) --version 2>&1)." >&2; \
 	  echo "Install one, or name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv
+	@[ -e $@ ] || if $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then $(PYTHON) -m venv --clear .venv; \
+	  elif $(PYTHON) -c 'import virtualenv' 2>/dev/null; then $(PYTHON) -m virtualenv --clear .venv; else \
+	  echo "$(PYTHON) cannot make a virtual environment with pip: its package ensurepip is missing." >&2; \
+	  echo "On Debian and Ubuntu: sudo apt install python3-venv. Elsewhere, and on Colab: $(PYTHON) -m pip install virtualenv" >&2; \
+	  echo "Then again: make $(MAKECMDGOALS)" >&2; exit 1; fi
 	@rm -f $@
 	@echo "Setting up .venv with the tested versions (once, some minutes) ..."
 	@$(RUN) pip install $(if $(MAKE_TERMOUT),,--quiet) --disable-pip-version-check -c constraints.txt -e .

@@ -244,7 +244,7 @@ def choose() -> None:
     from transformers import PreTrainedModel, training_args
     from trl.trainer import utils
 
-    from rlhf_recipes import models
+    from rlhf_recipes import machine
 
     device = torch.device(NAME, 0)
     begin, chosen = accelerate.PartialState.__init__, training_args.TrainingArguments.device.fget
@@ -263,7 +263,7 @@ def choose() -> None:
     training_args.TrainingArguments.device = property(lambda self: (chosen(self), device)[1])
     training_args.is_torch_bf16_gpu_available = lambda: True
     PreTrainedModel.from_pretrained = classmethod(loaded)
-    models.device = lambda: device
+    machine.device = lambda: device
     utils._use_triton = lambda _: True  # where Triton runs, TRL's LM head scores no other tokens than those of the loss
 
     def refuse_cpu(module: nn.Module, _: Any) -> None:

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from datetime import date
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
@@ -34,7 +33,7 @@ from rlhf_recipes.figures import number
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("generate", "cuda_graphs", "continuous_batching", "vllm")
+BACKENDS = ("generate", "cuda_graphs", "continuous_batching")
 BASES = ("float32", "bfloat16", "nf4")
 
 
@@ -92,8 +91,6 @@ def write_weights(shape: str, folder: Path) -> None:
 def measure(chosen: argparse.Namespace, base: str, backend: str) -> dict[str, Any]:
     """A row, in a process of its own; what cannot run says why."""
     row: dict[str, Any] = {"base": base, "rollouts": backend}
-    if backend == "vllm" and (base == "nf4" or find_spec("vllm") is None):
-        return row | {"why": "not on a quantized base" if base == "nf4" else "not installed"}
     if backend == "cuda_graphs" and not torch.cuda.is_available():
         return row | {"why": "on a GPU alone"}
     logger.info("%s, %s ...", base, backend)
@@ -121,7 +118,7 @@ def sampled(chosen: argparse.Namespace, base: str, backend: str) -> dict[str, An
     from rlhf_recipes import PPOConfig, PPOTrainer, models
     from rlhf_recipes.config import build, compose
 
-    grow_segments(vllm=backend == "vllm")
+    grow_segments()
     cfg = compose("ppo", overrides(chosen, base, backend))
     gpu = torch.cuda.is_available()
     prompts = Dataset.from_dict({"prompt": ["-"] * chosen.prompts})
@@ -136,10 +133,7 @@ def sampled(chosen: argparse.Namespace, base: str, backend: str) -> dict[str, An
         trainer = PPOTrainer(policy, _no_reward, args, prompts, processing_class=tokenizer)
         if chosen.ends:
             ends = list(range(tokenizer.eos_token_id % chosen.ends, vocabulary, chosen.ends))
-            if backend == "vllm":
-                trainer.vllm_generation.generation_kwargs["stop_token_ids"] = ends
-            else:
-                trainer.eos_token_ids = trainer.generation_config.eos_token_id = ends
+            trainer.eos_token_ids = trainer.generation_config.eos_token_id = ends
         trainer._generate_single_turn(ids, None, {}, 1)
         before, anonymous = memory("RssAnon"), AnonymousPeak()
         if gpu:

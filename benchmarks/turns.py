@@ -143,7 +143,7 @@ def options(
 
 def cpu_dtype() -> str:
     """bfloat16 where this CPU has instructions for it; elsewhere it is many times slower than float32."""
-    from rlhf_recipes.models import multiplies_bf16
+    from rlhf_recipes.machine import multiplies_bf16
 
     return "bfloat16" if multiplies_bf16() else "float32"
 

@@ -4,13 +4,14 @@
     make plan ARGS="model=llama3.1-8b data=hh" PPO_ARGS="training.max_completion_length=256" CARD=16
     python -m recipes.plan card=12 prompt=1024 model=qwen2.5-3b quantization=nf4 --ppo trunk=0.75
 
-The real passes run on tensors without data (rlhf_recipes/plan/). `card` is in GB, `prompt` the tokens of the longest
-prompt (512); texts are as long as `training.max_length`. For GPUs these are predictions, not yet measured.
+The real passes run on tensors without data (rlhf_recipes/plan/). `card` is in GB (where there is one: what is free on
+it), `prompt` the tokens of the longest prompt (512); texts are as long as `training.max_length`. For GPUs these are
+predictions, not yet measured.
 """
 
 import sys
 
-from rlhf_recipes import figures, terminal
+from rlhf_recipes import figures, machine, terminal
 from rlhf_recipes.config import compose, plain_errors
 from rlhf_recipes.config.options import TRAINING
 from rlhf_recipes.plan.command import Asked, advice, assumptions, parse, row
@@ -22,6 +23,7 @@ def plan(asked: Asked) -> dict[str, int]:
     from rlhf_recipes.plan.overrides import overrides_that_fit
     from rlhf_recipes.plan.stages import phases
 
+    asked = asked.on(machine.card())
     limit, prompt = asked.limit, asked.prompt
     found = {stage: phases(stage, cfg, prompt_length=prompt) for stage, cfg in configs.items()}
     peaks = {stage: max(of_stage, key=lambda phase: phase.peak) for stage, of_stage in found.items()}

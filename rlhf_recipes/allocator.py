@@ -7,19 +7,16 @@ too: QLoRA on an 8B model took 16.4 GiB, in segments that grow 10.8, at the same
 import os
 import platform
 
+from rlhf_recipes.machine import on_wsl
+
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 GROWING = "expandable_segments:True"
 
 
-def grow_segments(*, vllm: bool = False) -> None:
+def grow_segments() -> None:
     """Have segments grow, unless the environment says how torch is to allocate. To be called before the GPU is used.
 
     Not on WSL, where the first allocation may fail (pytorch/pytorch issue 192330), and Linux alone has them.
-
-    Args:
-        vllm: vLLM runs in this process; where it sleeps, some of its versions refuse such segments (pytorch/pytorch
-            issue 147851).
     """
-    linux = platform.system() == "Linux" and "microsoft" not in platform.release().lower()
-    if linux and not vllm and not any(name in os.environ for name in VARIABLES):
+    if platform.system() == "Linux" and not on_wsl() and not any(name in os.environ for name in VARIABLES):
         os.environ["PYTORCH_ALLOC_CONF"] = GROWING

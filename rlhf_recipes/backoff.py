@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_recipes.errors import OutOfMemory, first_sentence
+from rlhf_recipes.errors import OutOfMemory, first_sentence, ran_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,9 @@ def back_off(trainer: Any, *, pairs: bool = False) -> None:
 class BackOff:
     """Shadows three methods of a trainer: a step that fails is taken again, on as many parts as it needs.
 
-    Gradients of the micro-batches before are kept on the CPU meanwhile. (Losses that compare the rows of a micro-batch
-    with each other, DPO's `aot` and `bco_pair`, see smaller ones from then on.)
+    Gradients of the micro-batches before are put aside meanwhile, and added when the step has succeeded: nothing is
+    copied. (Losses that compare the rows of a micro-batch with each other, DPO's `aot` and `bco_pair`, see smaller ones
+    from then on.)
     """
 
     def __init__(self, trainer: Any, *, pairs: bool = False) -> None:
@@ -54,21 +55,30 @@ class BackOff:
             OutOfMemory: one sequence alone is too much.
         """
         parameters = [p for group in self.trainer.optimizer.param_groups for p in group["params"]]
-        before = [None if p.grad is None else p.grad.to("cpu", copy=True) for p in parameters]
+        before = [(p, p.grad) for p in parameters if p.grad is not None]
+
+        def forget() -> None:
+            for parameter in parameters:
+                parameter.grad = None
+
+        forget()
         try:
             while True:
                 try:
-                    return self._step(model, inputs, *args, **kwargs)
-                except torch.OutOfMemoryError as error:
-                    if self.prepared is None:
+                    loss = self._step(model, inputs, *args, **kwargs)
+                    break
+                except Exception as error:
+                    if self.prepared is None or not ran_out_of_memory(error):
                         raise
                     reason = first_sentence(error)
                 self._split_further(reason)  # out of the handler: the failed step's tensors are free by now
-                for parameter, gradient in zip(parameters, before, strict=True):
-                    parameter.grad = None if gradient is None else gradient.to(parameter.device, copy=True)
+                forget()
                 torch.cuda.empty_cache()
         finally:
             self.prepared = None
+        for parameter, gradient in before:
+            parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        return loss
 
     def _prepare_inputs(self, inputs: Inputs) -> Inputs:
         if not self.trainer.model.training:
@@ -165,7 +175,9 @@ def until_it_fits(rows: int, size: int, compute: Callable[[int], Any]) -> tuple[
     while True:
         try:
             return compute(size), size
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
             reason = first_sentence(error)
         if size == 1:
             raise OutOfMemory(f"out of GPU memory with one sequence at a time ({reason}). {ADVICE}")

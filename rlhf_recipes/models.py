@@ -28,7 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from rlhf_recipes import world
+from rlhf_recipes import machine, world
 from rlhf_recipes.config import build
 from rlhf_recipes.data.formats import end_with_the_turn, is_conversational
 from rlhf_recipes.errors import UserError
@@ -75,26 +75,17 @@ def weights_mark(model: DictConfig) -> str:
 
 
 def dtype(model: DictConfig) -> torch.dtype:
-    """`model.dtype`, or for `auto` what the device does well: bf16 on recent GPUs, fp16 on older ones, fp32 on a CPU.
+    """`model.dtype`, or for `auto` `machine.best_dtype`.
 
     Raises:
         UserError: no such dtype.
     """
     if model.dtype == "auto":
-        if not torch.cuda.is_available():
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return machine.best_dtype()
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if model.dtype not in names:
         raise UserError(f"model.dtype={model.dtype}: allowed are auto, {', '.join(names)}")
     return names[model.dtype]
-
-
-def device() -> torch.device:
-    """Where models live: this process's GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def precision(cfg: DictConfig) -> dict[str, Any]:
@@ -103,7 +94,7 @@ def precision(cfg: DictConfig) -> dict[str, Any]:
     return {
         "bf16": base == torch.bfloat16,
         "fp16": base == torch.float16,
-        "use_cpu": device().type == "cpu",
+        "use_cpu": machine.device().type == "cpu",
     }
 
 
@@ -217,8 +208,8 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
     if cfg.quantization:
         compute = {"bnb_4bit_compute_dtype": dtype(cfg.model)} if cfg.quantization.get("load_in_4bit") else {}
         common["quantization_config"] = build(BitsAndBytesConfig, cfg.quantization, **compute)
-        common["device_map"] = {"": device()}
-    if dtype(cfg.model) == torch.bfloat16 and not torch.cuda.is_available() and not multiplies_bf16():
+        common["device_map"] = {"": machine.device()}
+    if dtype(cfg.model) == torch.bfloat16 and machine.device().type == "cpu" and not machine.multiplies_bf16():
         logger.warning(
             "this CPU has no bf16 instructions, and multiplies bf16 matrices many times slower than float32 ones "
             "(model.dtype=float32 is faster, at twice the memory)"
@@ -229,14 +220,9 @@ def load_base(cfg: DictConfig, *, classifier: bool = False) -> PreTrainedModel:
         set_seed(cfg.seed)  # the head starts at random
     model = auto.from_pretrained(source(cfg.model), config=config, dtype=dtype(cfg.model), **common)
     if not cfg.quantization:
-        model.to(device())  # a trainer would do so too, but some models have none: those of samples and of eval
+        model.to(machine.device())  # a trainer would do so too, but some models have none: those of samples and of eval
     keep_as_packed(model)
     return model.requires_grad_(False)
-
-
-def multiplies_bf16() -> bool:
-    """Whether torch has a fast bf16 matrix product on this CPU."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if torch.backends.mkldnn.is_available() else False
 
 
 def load_policy(cfg: DictConfig, adapter: Path | None) -> PeftModel:
@@ -298,7 +284,7 @@ def load_classifier(cfg: DictConfig, name: str) -> PreTrainedModel:
     other = with_model(cfg, name).model
     with loading(other):
         classifier = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype(other), num_labels=1)
-    return classifier.eval().to(device())
+    return classifier.eval().to(machine.device())
 
 
 def load_scorer(cfg: DictConfig, adapter: Path) -> Roles:

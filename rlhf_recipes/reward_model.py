@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from omegaconf import DictConfig
 from peft import PeftModel
@@ -134,5 +135,8 @@ def measure_scale(
     )
     scores = torch.tensor(evaluation.rewards(roles, tokenizer, made, cfg.evaluation.batch_size))
     scale = {"mean": scores.mean().item(), "std": max(scores.std().item(), 1e-6)}
-    (folder / HEAD_FILE).write_text(json.dumps(scale))
+    state = PartialState()
+    state.wait_for_everyone()  # the others read the folder, which the first is about to move
+    if state.is_main_process:
+        (folder / HEAD_FILE).write_text(json.dumps(scale))
     return scale

@@ -64,7 +64,7 @@ class Roles:
     """The adapters of one PEFT model, the scalar heads beside it, and the trunk below them.
 
     Heads are modules of their own, in float32, never inside the model: nothing that walks over the model (generation,
-    vLLM, saving, quantization) can meet them.
+    saving, quantization) can meet them.
 
     Args:
         model: a PEFT model of a causal LM whose policy is the adapter `default`.

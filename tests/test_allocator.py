@@ -49,19 +49,13 @@ def test_nothing_is_set_where_segments_cannot_grow(monkeypatch: pytest.MonkeyPat
     assert settings() == {}
 
 
-@pytest.mark.parametrize(
-    ("use_vllm", "expected"), [(False, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}), (True, {})]
-)
-def test_every_recipe_has_them_but_beside_vllm(
-    monkeypatch: pytest.MonkeyPatch, *, use_vllm: bool, expected: dict[str, str]
-) -> None:
+def test_every_recipe_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
-    monkeypatch.setattr("rlhf_recipes.config.options.find_spec", lambda _: True)
-    monkeypatch.setattr(sys, "argv", ["ppo", "rollouts=vllm" if use_vllm else "rollouts=generate"])
+    monkeypatch.setattr(sys, "argv", ["ppo"])
 
     @recipe("ppo")
     def main(cfg: object) -> None:
         seen.update(settings())
 
     main()
-    assert seen == expected
+    assert seen == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}

@@ -1,8 +1,7 @@
-"""Rollouts by CUDA graphs, continuous batching and vLLM: the policy's completions, and no bit of a weight changed."""
+"""Rollouts by CUDA graphs and continuous batching: the policy's completions, and no bit of a weight changed."""
 
 # ruff: noqa: F811 (fixtures of another module)
 import time
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -11,14 +10,12 @@ from test_ppo import count_w3, history, make_trainer, moved, reward_adapter, wei
 from transformers import StaticCache
 from transformers.generation import ContinuousBatchingConfig, ContinuousBatchingManager
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from trl.generation.vllm_generation import VLLMGeneration
-from trl.trainer.utils import selective_log_softmax
 
 from rlhf_recipes import PPOConfig
 from rlhf_recipes.config import compose
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.ppo import backends
-from rlhf_recipes.roles import POLICY, REFERENCE, REWARD, VALUE
+from rlhf_recipes.roles import POLICY, VALUE
 
 PAGED = {"use_transformers_continuous_batching": True, "transformers_continuous_batching_config": {"page_size": 16}}
 PROMPTS = [[5 + i] * (1 + i % 3) for i in range(10)]
@@ -228,78 +225,16 @@ def test_a_run_by_continuous_batching_is_resumed_bit_for_bit_on_a_cpu(make_train
     assert len(history(unbroken, "eval_objective")) == 2
 
 
-# ---- vLLM
-
-
-@pytest.fixture
-def vllm(monkeypatch, tiny_llama):
-    """Something in place of vLLM and TRL's wrapper around it: a model that gets weights by name and samples."""
-    engines = []
-
-    class Engine:
-        def __init__(self, model, max_completion_length, **kwargs):
-            self.model, self.length, self.own, self.syncs = model, max_completion_length, tiny_llama(), 0
-            engines.append(self)
-
-        def sync_weights(self):
-            missing, strange = self.own.load_state_dict(dict(self._iter_named_params()), strict=True)
-            assert not missing and not strange
-            self.syncs += 1
-
-        @torch.no_grad()
-        def generate(self, prompts, **kwargs):
-            drawn, logprobs = [], []
-            for prompt in prompts:
-                out = self.own.generate(
-                    torch.tensor([prompt]), max_new_tokens=self.length, do_sample=True, output_logits=True,
-                    return_dict_in_generate=True, pad_token_id=0,
-                )  # fmt: skip
-                tokens = out.sequences[:, len(prompt) :]
-                drawn.append(tokens[0].tolist())
-                logprobs.append(selective_log_softmax(torch.stack(out.logits, 1), tokens)[0][:, None].tolist())
-            return prompts, drawn, logprobs, None
-
-    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
-    monkeypatch.setattr("rlhf_recipes.ppo.config.find_spec", lambda name: object())
-    return engines
-
-
-def test_vllm_samples_from_the_merged_policy_and_the_base_keeps_every_bit(make_trainer, reward_adapter, vllm):
-    trainer = make_trainer(reward_adapter=reward_adapter, use_vllm=True)
-    base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" not in n}
-    frozen = weights(trainer, REFERENCE, REWARD)
-    trainer.train()
-    assert vllm[0].syncs == 2, "once for each rollout batch"
-    assert not moved(base, dict(trainer.model.named_parameters()))
-    assert not moved(frozen, weights(trainer, REFERENCE, REWARD))
-    assert history(trainer, "kl")[0] == 0 and history(trainer, "kl")[1] > 0
-    differences = history(trainer, "sampling/sampling_logp_difference/max")
-    assert differences and max(differences) < 1e-3, "what vLLM drew with is what the policy is scored by"
-
-
-def test_merged_weights_are_trls_but_for_the_rounding_of_the_base(tiny_policy):
-    model = tiny_policy().to(torch.bfloat16)
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    ours = {name: weight.clone() for name, weight in backends.merged_weights(model)}
-    assert not moved(before, dict(model.named_parameters()))
-    trls = SimpleNamespace(
-        model=model, _dist=SimpleNamespace(gather_params=lambda p: nullcontext(), is_fsdp=False),
-        _fix_param_name_to_vllm=lambda name, **kwargs: name,
-    )  # fmt: skip
-    assert {n: p.clone() for n, p in VLLMGeneration._iter_named_params(trls)}.keys() == ours.keys()
-    assert moved(before, dict(model.named_parameters())), "TRL's way: if this holds no more, ours is not needed"
-
-
 # ---- refusals
 
 
 @pytest.mark.parametrize(
     ("overrides", "fault"),
     [
-        (["rollouts=vllm"], r"vLLM is not installed: \.venv/bin/pip install 'trl\[vllm\]'"),
-        (["rollouts=vllm", "quantization=nf4"], "vLLM cannot take the packed weights of a quantized base"),
+        (["rollouts=vllm"], r"no such choice\. .* vLLM cannot be installed beside the tested versions: docs/ppo.md"),
+        (["training.use_vllm=true"], "vLLM cannot be installed beside the tested versions .*continuous_batching"),
         (["rollouts=continuous_batching", "model.attn_implementation=flex_attention"], "needs sdpa, eager or flash"),
-        (["rollouts=vlm"], "did you mean rollouts=vllm"),
+        (["rollouts=cuda"], "did you mean rollouts=cuda_graphs"),
     ],
 )
 def test_rollouts_that_cannot_work_are_refused_by_the_command_line(overrides, fault):
@@ -310,8 +245,7 @@ def test_rollouts_that_cannot_work_are_refused_by_the_command_line(overrides, fa
 @pytest.mark.parametrize(
     ("kwargs", "fault"),
     [
-        ({"use_vllm": True}, "vLLM is not installed"),
-        ({**PAGED, "use_vllm": True}, "exclude each other"),
+        ({"use_vllm": True}, "vLLM cannot be installed"),
         ({**PAGED, "cuda_graphs": True}, "cuda_graphs and use_transformers_continuous_batching exclude each other"),
         pytest.param(
             {"cuda_graphs": True},

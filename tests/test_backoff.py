@@ -9,6 +9,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from rlhf_recipes import PPOConfig, PPOTrainer
@@ -34,15 +35,16 @@ COMMON = {
 class Card:
     """Stands for a GPU that holds a forward, or a backward, of so many rows at once."""
 
-    def __init__(self, model, rows, when="forward"):
+    def __init__(self, model, rows, when="forward", error=None):
         self.rows, self.failures = rows, 0
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
         layer = model.get_base_model().base_model.layers[-1]
         layer.register_forward_hook(self.forward if when == "forward" else self.backward)
 
     def check(self, tensor):
         if len(tensor) > self.rows:
             self.failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+            raise self.error
 
     def forward(self, module, args, output):
         if output.requires_grad:
@@ -153,6 +155,45 @@ def test_a_batch_in_parts_teaches_what_the_whole_batch_does(stage, when, request
     assert watch.parts == (4 if pairs else 2)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
     assert "out of GPU memory at step 0 (CUDA out of memory)" in caplog.text
+
+
+def test_a_batch_goes_in_parts_whichever_way_cuda_says_that_memory_is_full(sft):
+    trainer = sft(max_steps=1)
+    thaw(trainer.model, trunk=0)
+    watch = BackOff(trainer)
+    Card(trainer.model, 4, error=torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be", 2))
+    trainer.train()
+    assert watch.parts == 2
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes of copies."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default, torch.ops.aten.copy_.default):
+            self.bytes += made.nbytes
+        return made
+
+
+def test_where_memory_suffices_nothing_is_copied_and_gradients_stay_where_they_are(sft):
+    trainer = sft()
+    thaw(trainer.model, trunk=0)
+    trainer.create_optimizer()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    watch = BackOff(trainer)
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    watch._step = lambda *_: [setattr(p, "grad", torch.ones_like(p)) for p in parameters]
+    watch.training_step(trainer.model, inputs)
+    kept = [p.grad for p in parameters]
+    with Copied() as copied:
+        watch.training_step(trainer.model, inputs)
+    assert copied.bytes == 0 and parameters
+    assert all(p.grad is gradient and (gradient == 2).all() for p, gradient in zip(parameters, kept, strict=True))
 
 
 def test_an_entropy_bonus_counts_the_same_in_parts(ppo):

@@ -100,6 +100,24 @@ def test_an_old_python_is_refused_with_what_to_type(make):
     assert "make PYTHON=python3.12 sft rm" in done.stderr
 
 
+def test_a_python_that_cannot_make_an_environment_says_what_to_install_and_virtualenv_will_do(make):
+    """As Debian's without python3-venv, and Colab's."""
+    shutil.rmtree(make.folder / ".venv")
+    bare = make.folder / "bare"
+    bare.write_text('#!/bin/sh\ncase "$2" in *ensurepip*|*virtualenv*) exit 1;; esac\n')
+    bare.chmod(0o755)
+    done = make("sft", "rm", "PYTHON=./bare")
+    assert done.returncode != 0 and not (make.folder / ".venv").exists()
+    assert "ensurepip is missing" in done.stderr and "apt install python3-venv" in done.stderr
+    assert "./bare -m pip install virtualenv" in done.stderr and "make sft rm" in done.stderr
+    bare.write_text(
+        FAKE_PYTHON.replace("-m venv", "-m virtualenv").replace(
+            "case", 'case "$2" in *ensurepip*) exit 1;; esac\ncase', 1
+        )
+    )
+    assert "recipes.sft" in make("sft", "PYTHON=./bare").stdout + (make.folder / "log").read_text()
+
+
 FAKE_PYTHON = """#!/bin/sh
 echo "$@" >> log
 case "$1 $2" in

@@ -284,7 +284,7 @@ def test_the_base_is_loaded_in_the_type_asked_for_and_frozen(base, override, dty
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU it is bf16 or fp16")
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_cpu_that_is_slow_in_bf16_is_told_of(base, fast, monkeypatch, caplog):
-    monkeypatch.setattr(models, "multiplies_bf16", lambda: fast)
+    monkeypatch.setattr("rlhf_recipes.machine.multiplies_bf16", lambda: fast)
     models.load_base(compose("sft", [f"model.name_or_path={base}", "model.dtype=bfloat16"]))
     assert ("model.dtype=float32 is faster" in caplog.text) is not fast
 

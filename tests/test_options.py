@@ -60,7 +60,6 @@ def test_an_unknown_key_gets_the_nearest_one_or_none(key: str, nearest: str | No
         (["quantization.bnb_4bit_quant_type=nf4"], "only with 4 bits; add quantization=nf4"),
         (["quantization=nf4", "quantization.llm_int8_threshold=5"], "only with 8 bits"),
         (["training.fp16=true", "training.bf16=true"], "exclude each other"),
-        (["training.use_vllm=true", "quantization=nf4"], "vLLM cannot take the packed weights"),
         (["trunk=0.5", "frozen_top=0.5"], "frozen_top=0.5: must be below 1 together with trunk"),
         (["training.report_to=nonsense"], "report_to=nonsense: expected one of azure_ml, comet_ml, .*, all, none"),
         (["training.report_to=[none,wandbb]"], "report_to=wandbb: expected one of"),

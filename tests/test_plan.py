@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
 from recipes import plan as recipe
-from rlhf_recipes import models
+from rlhf_recipes import machine, models
+from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.config import CONF, compose
-from rlhf_recipes.errors import OutOfMemory, UserError
+from rlhf_recipes.errors import OutOfMemory, UserError, ran_out_of_memory
 from rlhf_recipes.plan import shortage
 from rlhf_recipes.plan.command import CONTEXT, FRAGMENTS, Asked, advice, parse, with_overrides
 from rlhf_recipes.plan.dry_run import dry_run, without_data
@@ -354,6 +356,19 @@ def test_the_table_has_a_line_for_each_stage_and_no_weights_are_loaded(small, ca
     assert all(" yes " in line for line in lines[1:5])
 
 
+def test_where_there_is_a_card_the_plan_counts_on_what_is_free_on_it(capsys, monkeypatch):
+    """A T4 of nominally 16 GB has 14.7, and a desktop holds some of it."""
+    monkeypatch.setattr(machine, "card", lambda: machine.Card("Tesla T4", (7, 5), int(14.7 * 2**30), int(13.1 * 2**30)))
+    parts = dict.fromkeys(PARTS, 0) | {"weights": int(12.3 * 2**30)}
+    monkeypatch.setattr("rlhf_recipes.plan.stages.phases", lambda stage, *_, **__: [Plan(stage, "training", parts)])
+    asked = Asked([], {stage: [] for stage in ("sft", "rm", "dpo", "ppo")}, prompt=16)
+    recipe.plan(asked)
+    output = capsys.readouterr().out
+    assert "Of this card's 14.7 GB, 13.1 are free now and 12.4 are counted on" in output and output.count(" yes ") == 4
+    assert asked.on(None).limit is None
+    assert replace(asked, card=8.0).on(machine.card()).limit == int((8 * 0.95 - 0.6) * 2**30), "another was asked for"
+
+
 def test_each_reward_model_and_each_guard_is_one_more_adapter():
     several = ["reward.model=[run,runs/a/rm]", "guard=reward_model", "guard.model=[runs/b/rm,runs/c/rm]"]
     held = ["default", "ref", "value", "reward", "reward_1", "guard", "guard_1"]
@@ -378,7 +393,8 @@ def ended(text, monkeypatch):
     """A function that gives the message of an SFT run that ended so, on a card of some GB."""
 
     def message(card, error):
-        monkeypatch.setattr(shortage, "_card", lambda: card)
+        known = None if card is None else machine.Card("card", (8, 9), int(card * 2**30), 0)
+        monkeypatch.setattr(machine, "card", lambda: known)
         monkeypatch.setattr(shortage, "typed_overrides", lambda: [*text])
         with pytest.raises(UserError) as found:
             train_and_raise(error, compose("sft", [*text]))
@@ -395,7 +411,7 @@ def test_it_says_what_the_plan_says_and_gives_a_line_under_which_it_fits(ended, 
     full = sft().peak / 2**30
     card = (0.8 * full + CONTEXT) / (1 - FRAGMENTS)  # four fifths of what it takes are left for it
     reason, figures, _, line = ended(card, error).splitlines()
-    assert reason in ("out of GPU memory (CUDA out of memory).", "not one sequence fits.")
+    assert reason in ("out of memory (CUDA out of memory).", "not one sequence fits.")
     assert f"sft takes {full:.2f} GB at its peak (training: " in figures
     assert line.startswith("  make sft ARGS=") and "training.per_device_train_batch_size=" in line
 
@@ -411,6 +427,37 @@ def test_without_a_known_card_it_gives_the_figures_alone(ended):
 def test_what_cannot_be_planned_still_says_why_the_run_ended(ended, monkeypatch):
     monkeypatch.setattr(shortage, "_figures", lambda *_: (1 / 0 for _ in "x"))
     assert ended(80, OutOfMemory("full.")) == "full.\n`make plan` cannot tell what it takes: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("error", "full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB."), True),
+        (
+            torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", 2),
+            True,
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            True,
+        ),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"), False),
+        (ValueError("a reward function says: out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_whichever_library_says_so(error, full, monkeypatch):
+    monkeypatch.setattr(shortage, "_figures", lambda *_: [])
+    assert ran_out_of_memory(error) is full
+    if full:  # in each of the three places that look
+        with pytest.raises(UserError, match="one sequence at a time"):
+            in_chunks(1, 1, lambda rows: (_ for _ in ()).throw(error))
+        with pytest.raises(UserError, match=r"^out of memory \(.+\)\."):
+            train_and_raise(error, compose("sft"))
 
 
 def test_other_errors_pass_as_they_are():

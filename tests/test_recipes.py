@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -636,3 +637,34 @@ def test_eval_refuses_before_it_loads_and_leaves_nothing_behind(chain, tmp_path)
         code, output = run("eval", *args, fault)
         assert code == 2 and told in output, output
         assert not (folder / "eval").exists() and not (tmp_path / "never").exists()
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_writes_the_scale_of_a_reward_model_and_the_other_is_waited_for(shared, tmp_path):
+    """The second reads the folder late: by then the first must not have moved it into the stage."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, sys, time\nfrom rlhf_recipes import evaluation\nown = evaluation.rewards\n"
+        "def late(*args):\n    time.sleep(3 * int(os.environ['RANK']))\n    return own(*args)\n"
+        "evaluation.rewards = late\nfrom recipes.rm import main\nmain()\n"
+    )
+    overrides = [*shared, f"runs_dir={tmp_path}", "run=two", "start=model", "hardware=cpu", "training.ddp_backend=gloo"]
+    overrides += ["training.max_steps=1", "evaluation.max_new_tokens=4"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": ROOT}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, script, *overrides],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], errors
+    assert json.loads((tmp_path / "two" / "rm" / "head.json").read_text())["std"] > 0
+    assert not (tmp_path / "two" / "rm" / ".saving").exists()

@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GenerationMixin, PreTrainedModel, Trainer, TrainerControl
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, ContinuousMixin
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer, SFTTrainer
-from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import dpo_trainer
 
 from rlhf_recipes import PPOTrainer
@@ -80,8 +79,6 @@ ATTRIBUTES = {
     "reward_weights": GRPOTrainer,
     "temperature": GRPOTrainer,
     "use_transformers_continuous_batching": GRPOTrainer,
-    "use_vllm": GRPOTrainer,
-    "vllm_generation": GRPOTrainer,
     "accelerator": Trainer,
     "args": Trainer,
     "control": Trainer,
@@ -118,7 +115,6 @@ FUNCTIONS = {
     ContinuousBatchingManager.get_result: "self request_id timeout",
     ContinuousBatchingManager.stop: "self block",
     ContinuousBatchingManager.destroy: "self",
-    VLLMGeneration._iter_named_params: "self",  # merged weights, in place of TRL's
     BaseTunerLayer.get_base_layer: "self",
     BaseTunerLayer._cast_input_dtype: "self x dtype",  # shadowed in every LoRA layer
     PreTrainedModel.disable_input_require_grads: "self",

@@ -12,12 +12,13 @@ from typing import Any, TypeVar, cast
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf_recipes import data, terminal
+from rlhf_recipes import data, machine, terminal
 from rlhf_recipes.allocator import grow_segments
 from rlhf_recipes.call_stack import roomy
 from rlhf_recipes.config import options, ranges, refusals, schema
@@ -109,8 +110,10 @@ def _command(name: str, main: Callable[[DictConfig], object], argv: list[str]) -
         terminal.quiet()
         with plain_errors():
             checked, _ = _examined(name, composed)
-            grow_segments(vllm=bool(checked.get("training.use_vllm")))
-            with refusals.told(typed):
+            grow_segments()
+            hardware = HydraConfig.get().runtime.choices.get("hardware")
+            with machine.chosen(hardware, use_cpu=bool(checked.get("training.use_cpu"))) as line, refusals.told(typed):
+                terminal.say(line or "")
                 roomy(main)(_node(name, checked))
 
     flags = [argument for argument in argv if argument not in typed]
@@ -202,6 +205,7 @@ def _no_choice(group: str, choice: str) -> str:
     own = {
         "model": " For a hub id or a folder: model.name_or_path=...",
         "data": " For data of your own: data=files data.sft.path=...",
+        "rollouts": " vLLM cannot be installed beside the tested versions: docs/ppo.md.",
     }
     return f"no such choice{mean} There are {', '.join(_choices(group))}.{own.get(group, '')}"
 

@@ -28,7 +28,6 @@ ONLY = {"reward": ("ppo",), "rollouts": ("ppo",), "guard": ("dpo", "ppo"), "eval
 """The recipes of a section or group that not all have."""
 
 DASHBOARDS = ("tensorboard", "trackio", "wandb")
-VLLM_IS_MISSING = "vLLM is not installed: .venv/bin/pip install 'trl[vllm]' -c constraints.txt (or rollouts=generate)"
 
 
 @dataclass
@@ -264,7 +263,11 @@ DECIDED = {
 
 _OTHER_LOSS = "it belongs to a loss that PPO does not have"
 _NO_LABELS = "there are no labels: held-out prompts are answered and scored"
-_SHARDED = "the passes through several roles of one base do not work on a sharded model; on several GPUs each holds it"
+_SHARDED = (
+    "the passes through several roles of one base do not work on a sharded model; on several GPUs each holds it, by "
+    "`accelerate launch --multi_gpu`. For models that no card holds: OpenRLHF (DeepSpeed) or verl (FSDP, Megatron)"
+)
+_VLLM = "vLLM cannot be installed beside the tested versions (docs/ppo.md); use rollouts=continuous_batching"
 NOT_IN_PPO = {
     "scale_rewards": "advantages come from a critic, not from groups; see whiten_advantages and whiten_rewards",
     "multi_objective_aggregation": "rewards are summed by reward_weights",
@@ -303,6 +306,16 @@ NOT_IN_PPO = {
         _NO_LABELS,
     ),
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "ds3_gather_for_generation"), _SHARDED),
+    "use_vllm": _VLLM,
+    **{
+        f"vllm_{name}": _VLLM
+        for name in (
+            *("mode", "model_impl", "enable_sleep_mode", "structured_outputs_regex", "server_base_url", "server_host"),
+            *("server_port", "server_timeout", "group_port", "gpu_memory_utilization", "max_model_length"),
+            *("tensor_parallel_size", "importance_sampling_correction", "importance_sampling_mode"),
+            *("importance_sampling_clip_max", "importance_sampling_clip_min", "importance_sampling_cap"),
+        )
+    },
 }
 """Fields of PPOConfig, inherited from TRL, that do nothing in PPO or break it, and why: refused, and not listed."""
 
@@ -433,7 +446,12 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
             "training.gradient_checkpointing_kwargs: use_reentrant=true gives no gradients above frozen layers; leave "
             "it out, or set trunk=0"
         )
-    found += _rollout_conflicts(values, quantized=four_bits or eight_bits)
+    attention = str(values.get("model.attn_implementation") or "sdpa")
+    paged = attention in ("sdpa", "eager", "paged|eager") or "flash" in attention
+    if values.get("training.use_transformers_continuous_batching") and not paged:
+        found.append(
+            f"model.attn_implementation={attention}: continuous batching needs sdpa, eager or flash_attention_2"
+        )
     chosen = values.get("training.report_to") or []
     for dashboard in [chosen] if isinstance(chosen, str) else chosen:
         known = schema.keys("transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK")
@@ -462,21 +480,6 @@ def conflicts(values: Mapping[str, Any]) -> list[str]:
     if ppo and evaluates and values.get("evaluation.prompts") == 0:
         found.append(
             "evaluation.prompts=0: PPO has no held-out prompts to score while it trains; add training.eval_strategy=no"
-        )
-    return found
-
-
-def _rollout_conflicts(values: Mapping[str, Any], *, quantized: bool) -> list[str]:
-    found = []
-    if values.get("training.use_vllm") and quantized:
-        found.append("training.use_vllm: vLLM cannot take the packed weights of a quantized base; quantization=none")
-    if values.get("training.use_vllm") and find_spec("vllm") is None:
-        found.append(f"training.use_vllm: {VLLM_IS_MISSING}")
-    attention = str(values.get("model.attn_implementation") or "sdpa")
-    paged = attention in ("sdpa", "eager", "paged|eager") or "flash" in attention
-    if values.get("training.use_transformers_continuous_batching") and not paged:
-        found.append(
-            f"model.attn_implementation={attention}: continuous batching needs sdpa, eager or flash_attention_2"
         )
     return found
 

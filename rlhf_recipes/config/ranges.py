@@ -43,14 +43,14 @@ _ALLOWED = {
         "dataset_num_proc eval_accumulation_steps precompute_ref_batch_size ref_model_sync_steps "
         # PPO's
         "max_completion_length steps_per_generation num_generations num_generations_eval num_iterations "
-        "value_num_iterations rollout_batch_size kl_horizon vllm_max_model_length vllm_tensor_parallel_size",
+        "value_num_iterations rollout_batch_size kl_horizon",
     },
     "at least 2": {"eval": "best_of", "training": "generation_batch_size"},
     "-1 or at least 1": {"training": "max_steps"},
     "above 1": {"training": "delta"},
     "at most 1": {"reward": "min_accuracy", "guard": "min_accuracy"},
     "at least 0 and at most 1": {"training": "gamma lam value_lam min_p ld_alpha ref_model_mixup_alpha"},
-    "above 0 and at most 1": {"training": "top_p top_entropy_quantile vllm_gpu_memory_utilization"},
+    "above 0 and at most 1": {"training": "top_p top_entropy_quantile"},
     "at least 0 and below 1": {
         "": "trunk frozen_top",
         "lora": "lora_dropout",

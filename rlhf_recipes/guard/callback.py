@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from omegaconf import DictConfig
@@ -93,8 +94,8 @@ class Guard(TrainerCallback, ExportableState):
         return {} if self.scorer is None or self.stop_reason else {"over_optimized": self.warning}
 
     def save(self, folder: Path) -> None:
-        """Write every evaluation to `guard.json`: step, KL, training reward and score."""
-        if self.scorer is not None:
+        """Write every evaluation to `guard.json`: step, KL, training reward and score; one process does."""
+        if self.scorer is not None and PartialState().is_main_process:
             points = [asdict(point) for point in self.history.points]
             (folder / FILE).write_text(json.dumps({"scorer": self.scorer.name, "points": points}, indent=1) + "\n")
 

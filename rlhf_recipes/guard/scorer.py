@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from rlhf_recipes import data, rewards, world
+from rlhf_recipes import data, machine, rewards, world
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.rewards import Rewards
 
@@ -33,13 +33,11 @@ class Scorer:
 
     def hold(self, roles: Roles) -> None:
         """Put the reward adapters on the base, and leave the random state and what trains as they are."""
-        import torch
-
         from rlhf_recipes.ensembles import Ensemble
         from rlhf_recipes.roles import GUARD
 
         if self.sources.adapters:
-            with torch.random.fork_rng():
+            with machine.random_state_kept():
                 roles.hold(GUARD, self.sources.adapters, Ensemble(self.cfg.ensemble, self.cfg.spread_coef))
             roles.share_trunk(GUARD)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rlhf_recipes.config import by_stage
 from rlhf_recipes.config.options import TRAINING
 from rlhf_recipes.errors import UserError
+from rlhf_recipes.machine import GB, Card
 from rlhf_recipes.runs.commands import make_variable
 
 if TYPE_CHECKING:
@@ -24,12 +25,20 @@ SHARED = ("quantization", "trunk")
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be planned: overrides of all stages, those of each, the card in GB, and the prompts' tokens."""
+    """What is to be planned: overrides of all stages, those of each, the card in GB, and the prompts' tokens.
+
+    Of a card that is there, `free` bytes are: a plan counts on those, and not on its nominal size.
+    """
 
     common: list[str]
     own: dict[str, list[str]]
     card: float | None = None
     prompt: int = 512
+    free: int | None = None
+
+    def on(self, card: Card | None) -> Asked:
+        """The same on this machine's card, unless another was asked for."""
+        return self if card is None or self.card else replace(self, card=card.total / GB, free=card.free)
 
     def overrides(self, stage: str) -> list[str]:
         """What make hands to a stage."""
@@ -38,7 +47,10 @@ class Asked:
     @property
     def limit(self) -> int | None:
         """Bytes that a plan may take on the card."""
-        return None if self.card is None else int((self.card * (1 - FRAGMENTS) - CONTEXT) * 2**30)
+        if self.card is None:
+            return None
+        free = (self.card - CONTEXT) * GB if self.free is None else self.free  # CUDA's own part is taken from it by now
+        return int(free - self.card * FRAGMENTS * GB)
 
 
 def parse(arguments: Sequence[str], story: str) -> Asked:
@@ -70,8 +82,13 @@ def assumptions(asked: Asked) -> str:
     text += "answers are sampled (prompt=...)."
     if asked.card is None or asked.limit is None:
         return f"{text} CARD=12 tells what fits into 12 GB."
+    if asked.free is not None:
+        return (
+            f"{text} Of this card's {asked.card:.1f} GB, {asked.free / GB:.1f} are free now and {asked.limit / GB:.1f} "
+            f"are counted on: {FRAGMENTS:.0%} are lost in fragments. CARD=12 tells of another."
+        )
     return (
-        f"{text} Of {asked.card:g} GB, {asked.limit / 2**30:.1f} are counted on: {CONTEXT:g} GB go to CUDA, "
+        f"{text} Of {asked.card:g} GB, {asked.limit / GB:.1f} are counted on: {CONTEXT:g} GB go to CUDA, "
         f"{FRAGMENTS:.0%} are lost in fragments."
     )
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 from omegaconf import DictConfig
 
+from rlhf_recipes import machine
 from rlhf_recipes.config.options import TRAINING
-from rlhf_recipes.errors import OutOfMemory, UserError, first_sentence
+from rlhf_recipes.errors import OutOfMemory, UserError, first_sentence, ran_out_of_memory
 from rlhf_recipes.plan.command import Asked, advice
 from rlhf_recipes.runs.commands import typed_overrides
 
@@ -37,7 +37,8 @@ def told_when_full(train: Callable[[DictConfig, Stage], T]) -> Callable[[DictCon
                 raise
             lines = [reason]
             try:
-                lines += _figures(stage.name, cfg, _card())
+                card = machine.card()
+                lines += _figures(stage.name, cfg, card.total / machine.GB if card else None)
             except Exception as unplanned:  # whatever it is, it must not hide why the run ended
                 lines.append(f"`make plan` cannot tell what it takes: {unplanned}")
             raise UserError("\n".join(lines)) from error
@@ -49,9 +50,7 @@ def _reason(error: Exception) -> str | None:
     """A plain message for an error that says the GPU's memory is full; None for any other error."""
     if isinstance(error, OutOfMemory):
         return str(error)
-    torch = sys.modules.get("torch")
-    full = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return f"out of GPU memory ({first_sentence(error)})." if full else None
+    return f"out of memory ({first_sentence(error)})." if ran_out_of_memory(error) else None
 
 
 def _figures(stage: str, cfg: DictConfig, card: float | None) -> Iterator[str]:
@@ -79,10 +78,3 @@ def _told(plan: Plan) -> str:
     parts = sorted(((size, part) for part, size in plan.parts.items() if size), reverse=True)
     largest = ", ".join(f"{part} {size / 2**30:.2f}" for size, part in parts[:4])
     return f"{plan.peak / 2**30:.2f} GB at its peak ({plan.phase}: {largest})"
-
-
-def _card() -> float | None:
-    """GB of the GPU; None where there is none of CUDA's."""
-    import torch
-
-    return torch.cuda.get_device_properties().total_memory / 2**30 if torch.cuda.is_available() else None

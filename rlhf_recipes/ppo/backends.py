@@ -1,7 +1,7 @@
 """What samples the rollouts in place of plain `generate`, without a change to any weight.
 
-TRL casts the whole model to bf16 for continuous batching, and merges the adapter into the base for vLLM. Adapters have
-to stay float32 here, and the base, which four roles share, as it is to the last bit.
+TRL casts the whole model to bf16 for continuous batching. Adapters have to stay float32 here, and the base, which four
+roles share, as it is to the last bit.
 """
 
 import copy
@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.requests import GenerationOutput
-
-from rlhf_recipes.roles import POLICY
 
 TOKENS_PER_STEP = 1024
 """Of a step of continuous batching, prompts included: transformers' 8192 make attention masks of gigabytes."""
@@ -123,32 +120,3 @@ def continuous_batching(
     if failure or errors or len(done) < len(requests):
         raise failure or RuntimeError(f"continuous batching failed: {(errors or ['it ended early'])[0]}")
     return [done[request] for request in requests]
-
-
-@torch.no_grad()
-def merged_weights(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """The base's parameters with the policy's adapter merged in, one by one under the base's own names: vLLM's weights.
-
-    PEFT merges each layer, whose weights are put back from a copy: merging and unmerging, as TRL does it, would round
-    the base a little further with every rollout batch.
-    """
-    tuned = {
-        id(parameter): layer
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
-        for parameter in layer.get_base_layer().parameters()
-    }
-    for name, parameter in model.get_base_model().named_parameters():
-        if model.prefix in name:  # of an adapter
-            continue
-        layer = tuned.get(id(parameter))
-        if layer is None:
-            yield name, parameter.data
-            continue
-        before = [(p, p.data.clone()) for p in layer.get_base_layer().parameters()]
-        layer.merge(adapter_names=[POLICY])
-        merged = parameter.data.clone()
-        layer.unmerge()
-        for changed, data in before:
-            changed.data.copy_(data)
-        yield name.replace(".base_layer", ""), merged

@@ -4,18 +4,18 @@ import json
 import math
 import os
 from dataclasses import MISSING, Field, dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env as flag
 from safetensors import safe_open
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
-from transformers.utils import is_torch_bf16_gpu_available
 from trl import GRPOConfig
 
+from rlhf_recipes import machine
 from rlhf_recipes.config import ranges
-from rlhf_recipes.config.options import NOT_IN_PPO, VLLM_IS_MISSING
+from rlhf_recipes.config.options import NOT_IN_PPO
 from rlhf_recipes.ensembles import ENSEMBLES
 from rlhf_recipes.roles import ADAPTER_FILE, HEAD_KEY
 
@@ -225,8 +225,7 @@ class PPOConfig(GRPOConfig):
     rollout_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Sequences generated at once. Lower: a smaller cache, slower. None: all of the rollout batch. vLLM "
-            "decides it by itself (vllm_gpu_memory_utilization)."
+            "help": "Sequences generated at once. Lower: a smaller cache, slower. None: all of the rollout batch."
         },
     )
 
@@ -273,7 +272,7 @@ class PPOConfig(GRPOConfig):
 def _settle(args: PPOConfig) -> None:
     """Give a value to what depends on other options and was not set."""
     if args.bf16 is None:  # as the recipes choose; GRPOConfig would insist on a device that has it
-        args.bf16 = not args.fp16 and not args.use_cpu and is_torch_bf16_gpu_available()
+        args.bf16 = not args.fp16 and not args.use_cpu and machine.best_dtype() == torch.bfloat16
     if args.eval_steps is None:
         args.eval_steps = args.save_steps
     if args.load_best_model_at_end is None:
@@ -347,11 +346,10 @@ def _faults(args: PPOConfig) -> list[str]:
         found.append(
             "with fp16 and freeze_value, target_kl can leave a step without any gradient: use bf16, or kl_budget"
         )
-    if args.use_vllm and find_spec("vllm") is None:
-        found.append(f"use_vllm=True: {VLLM_IS_MISSING}")
-    ways = [n for n in ("cuda_graphs", "use_vllm", "use_transformers_continuous_batching") if getattr(args, n)]
-    if len(ways) > 1:
-        found.append(f"{' and '.join(ways)} exclude each other")
+    if engine := next((n for n in ("DEEPSPEED", "FSDP", "MEGATRON_LM") if flag(f"ACCELERATE_USE_{n}")), None):
+        found.append(f"accelerate was told to use {engine}, which has no meaning in PPO: {NOT_IN_PPO['fsdp']}")
+    if args.cuda_graphs and args.use_transformers_continuous_batching:
+        found.append("cuda_graphs and use_transformers_continuous_batching exclude each other")
     if args.cuda_graphs and not torch.cuda.is_available():
         found.append("cuda_graphs=True needs a CUDA GPU; rollouts=generate runs everywhere")
     if args.use_transformers_continuous_batching and args.repetition_penalty != 1:

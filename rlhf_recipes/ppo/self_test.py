@@ -24,6 +24,7 @@ import torch
 from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from rlhf_recipes import machine
 from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.evaluation.sampling import generating_by
@@ -79,7 +80,7 @@ def self_test(trainer: PPOTrainer, prompts: Sequence[Any]) -> dict[str, float | 
     device = trainer.accelerator.device
     try:
         trainer.model.eval()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with machine.random_state_kept():
             torch.manual_seed(trainer.args.seed)
             own = _figures(trainer, prompts[:ROWS])
     finally:
@@ -114,7 +115,7 @@ def _figures(trainer: PPOTrainer, prompts: Sequence[Any]) -> dict[str, float | N
     size = trainer._rollout_batch_size or ROWS
     parts, _ = in_chunks(len(prompt_ids), size, lambda rows: _sampled(trainer, prompt_ids[rows]))
     completion_ids = [ids for completions, _ in parts for ids in completions]
-    sampled = [logps for _, by_sampler in parts for logps in by_sampler or ()]
+    sampled = [logps for _, by_sampler in parts for logps in by_sampler]
     trunk = _trunk_difference(trainer, prompt_ids[:2], completion_ids[:2])
     if trunk is not None and not trunk <= TRUNK_TOLERANCE:  # rounding in bf16; a wrong one differs by all of it
         logger.warning("the shared trunk changes this model's output (by %.2g): going without it", trunk)
@@ -137,7 +138,7 @@ def _figures(trainer: PPOTrainer, prompts: Sequence[Any]) -> dict[str, float | N
     if weight_sums(parameters) != now:
         logger.warning("the first pass changed weights of the base: rewards and KL before it spoke of another model")
     return {
-        "sampler": None if not sampled else _mean_difference(sampled, rollout.logps, rollout.mask),
+        "sampler": _mean_difference(sampled, rollout.logps, rollout.mask),
         "ratio": (ratio - 1).abs().max().item(),
         "kl": None if trainer.state.global_step else rollout.kl.abs().max().item(),
         "trunk": trunk,
@@ -166,13 +167,8 @@ def _judge(trainer: PPOTrainer, figures: dict[str, float | None], seconds: float
     if wrong:
         logger.warning("self-test: %s (rounding explains %g at most)", "; ".join(wrong.values()), tolerance)
         return
-    skipped = {
-        "sampler": "the sampler (vLLM: see sampling/sampling_logp_difference)",
-        "kl": "the KL (the policy has moved: the run was resumed)",
-    }
-    left_out = [why for name, why in skipped.items() if figures[name] is None]
     said = ", ".join(f"{name} {x:.1g}" for name, x in figures.items() if x is not None)
-    also = f"; left out: {', '.join(left_out)}" if left_out else ""
+    also = "; left out: the KL (the policy has moved: the run was resumed)" if figures["kl"] is None else ""
     logger.info("self-test in %.1f s, all well: %s%s", seconds, said, also)
 
 
@@ -184,10 +180,8 @@ def _precision(trainer: PPOTrainer) -> torch.dtype:
     return torch.float16 if args.fp16 or model.dtype == torch.float16 else torch.float32
 
 
-def _sampled(trainer: PPOTrainer, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]] | None]:
-    """Short completions by what samples the rollouts, and each token's log-probability there (of vLLM's TRL has it)."""
-    if trainer.use_vllm:
-        return [ids[-NEW_TOKENS:] for ids in prompt_ids], None
+def _sampled(trainer: PPOTrainer, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    """Short completions by what samples the rollouts, and each token's log-probability there."""
     base, config = trainer.model.get_base_model(), copy.deepcopy(trainer.generation_config)
     config.max_new_tokens = min(NEW_TOKENS, config.max_new_tokens or NEW_TOKENS)
     config.min_new_tokens = None  # benchmarks set it

@@ -5,7 +5,6 @@ penalty in the reward, the critic and its advantages, the reward and value adapt
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy
 from trl import GRPOTrainer
 
+from rlhf_recipes import machine
 from rlhf_recipes.backoff import back_off, in_chunks, until_it_fits
 from rlhf_recipes.data.formats import end_with_the_turn, render_demonstration
 from rlhf_recipes.data.lengths import check_batch
@@ -47,7 +47,7 @@ from rlhf_recipes.ppo.advantages import (
     token_rewards,
     whiten,
 )
-from rlhf_recipes.ppo.backends import continuous_batching, cuda_graphs, merged_weights
+from rlhf_recipes.ppo.backends import continuous_batching, cuda_graphs
 from rlhf_recipes.ppo.config import PPOConfig
 from rlhf_recipes.ppo.rollout import WIDTHS, Rollout
 from rlhf_recipes.ppo.self_test import base_sums, self_test
@@ -131,8 +131,6 @@ class PPOTrainer(GRPOTrainer):
         _refuse_what_the_policy_did_not_write(train_dataset, kwargs)
         if isinstance(processing_class, PreTrainedTokenizerBase) and train_dataset is not None:
             end_with_the_turn(processing_class, next(iter(train_dataset), {}))
-        if args.use_vllm and getattr(model, "quantization_method", None) is not None:
-            raise UserError("use_vllm=True cannot sample from a quantized base: vLLM would be sent its packed weights")
         if args.ptx_coef and ptx_dataset is None:
             raise UserError(
                 f"ptx_coef={args.ptx_coef} needs a ptx_dataset: the demonstrations whose SFT loss it weighs"
@@ -164,8 +162,6 @@ class PPOTrainer(GRPOTrainer):
         for folder in adapters:
             check_padding(folder, self._tokenizer)
         self.aux_loss_enabled = False  # that of a mixture of experts: its routers are frozen, as all of the base is
-        if args.use_vllm:
-            self.vllm_generation._iter_named_params = functools.partial(merged_weights, self.model)
         changed = {"top_p": args.top_p < 1, "top_k": args.top_k > 0, "min_p": args.min_p}
         changed["repetition_penalty"] = args.repetition_penalty != 1
         if any(changed.values()):
@@ -243,7 +239,7 @@ class PPOTrainer(GRPOTrainer):
             return list(generate(prompt_ids, None, {}, *args, **kwargs)[0])
 
         with self._timed("generate"):
-            if self.use_vllm or images or multimodal_fields:
+            if images or multimodal_fields:
                 return generate(prompt_ids, images, multimodal_fields, *args, **kwargs)
             rows = len(prompt_ids)
             size = self._rollout_batch_size or rows
@@ -316,14 +312,15 @@ class PPOTrainer(GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and entropies (b, t) of the completion's tokens, under the active adapter.
 
-        On a GPU TRL's fused LM head does it without holding the logits. On a CPU that head scores the prompt too, and
-        computes everything again in the backward pass; there the model is asked for the completion's logits alone.
+        On a GPU TRL's fused LM head does it without holding the logits. On a CPU, and on MPS, that head scores the
+        prompt too, and computes everything again in the backward pass; there the model is asked for the completion's
+        logits alone.
 
         Args:
             temperature: that of the sampling if None, the only one that TRL's head knows.
         """
         temperature = self.temperature if temperature is None else temperature
-        if self.accelerator.device.type != "cpu" and temperature == self.temperature:
+        if self.accelerator.device.type not in ("cpu", "mps") and temperature == self.temperature:
             logps, entropies, _ = super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, completion_length, compute_entropy=torch.is_grad_enabled()
             )
@@ -734,7 +731,7 @@ class PPOTrainer(GRPOTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """TRL's evaluation, with equal noise each time."""
-        with torch.random.fork_rng():
+        with machine.random_state_kept():
             torch.manual_seed(self.args.seed)
             return super().evaluate(*args, **kwargs)
 

@@ -33,6 +33,8 @@ def summary(
         changes: the policies before and after, compared: a table, and a few prompts that they answer differently.
     """
     manifest = stage.manifest
+    if "files" not in manifest:
+        return  # of several processes, one finishes the stage, and tells
     size = sum(file["bytes"] for file in manifest["files"].values())
     shown = {name: value for name, value in figures.items() if not isinstance(value, Mapping | list | None)}
     memory = {"rss": "resident", "anonymous": "anonymous", "gpu": "on the GPU", "reserved": "reserved there"}
