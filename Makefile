@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
-.PHONY: help sft rm dpo ppo eval report overoptimization plan test lint setup clean
+.PHONY: help sft rm dpo ppo eval report overoptimization plan doctor test lint setup clean
 .NOTPARALLEL:# the stages of one line run in its order, also with -j
 .SHELLFLAGS := -f -c# no globbing: data.sft.path=my/*.jsonl reaches the recipe as it is
 
@@ -35,6 +35,9 @@ overoptimization: .venv/.ready  ## draw reward and gold score against the KL, fo
 plan: .venv/.ready  ## predict the peak memory of each stage, and what fits on a card (CARD=12, in GB)
 	@$(RUN) recipes.plan $(if $(CARD),card=$(CARD)) $(ARGS) \
 	  --sft $(SFT_ARGS) --rm $(RM_ARGS) --dpo $(DPO_ARGS) --ppo $(PPO_ARGS)
+
+doctor: .venv/.ready  ## say what this machine is, whether the recipes work on it, and what to mend
+	@$(RUN) recipes.doctor
 
 report: .venv/.ready  ## say what a run holds: runs/<run>/report.html, one page that stands alone
 	@$(RUN) recipes.report $(ARGS)

@@ -264,6 +264,7 @@ def choose() -> None:
     training_args.is_torch_bf16_gpu_available = lambda: True
     PreTrainedModel.from_pretrained = classmethod(loaded)
     machine.device = lambda: device
+    machine.card = lambda: machine.Card("pretended GPU", (8, 9), 80 * machine.GB, 79 * machine.GB)
     utils._use_triton = lambda _: True  # where Triton runs, TRL's LM head scores no other tokens than those of the loss
 
     def refuse_cpu(module: nn.Module, _: Any) -> None:

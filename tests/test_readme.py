@@ -107,6 +107,7 @@ def test_help_shows_the_recipes_own_commands():
         assert all(command in text for file, command in COMMANDS if file == ROOT / "recipes" / f"{recipe}.py")
 
 
+ENVIRONMENT = ("OMP_NUM_THREADS", "PYTHON", "PYTORCH_ALLOC_CONF", "CUDA_VISIBLE_DEVICES")
 KNOWN = {key for recipe in RECIPES for key in options(recipe)} | {*GROUPS}
 
 
@@ -119,7 +120,7 @@ def test_every_option_that_a_document_names_exists(file):
     assert [key for key in dotted if key not in KNOWN] == []
     assigned = {m[1] for word in words if (m := re.match(r"(\w+)=", word))}
     leaves = {key.rpartition(".")[2] for key in KNOWN}
-    assert assigned - KNOWN - leaves - VARIABLES.keys() - {"OMP_NUM_THREADS", "PYTHON", "PYTORCH_ALLOC_CONF"} == set()
+    assert assigned - KNOWN - leaves - VARIABLES.keys() - {*ENVIRONMENT} == set()
 
 
 def test_the_knobs_of_ppo_are_fields_of_its_config():
