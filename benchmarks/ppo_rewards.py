@@ -3,12 +3,11 @@
     python -m benchmarks.ppo_rewards [--model <folder or hub id>] [--dtype float32]
     python -m benchmarks.ppo_rewards --judge again      # train nothing: judge the policies that were kept
 
-The task of ppo_vs_llamafactory, ppo_vs_swift and ppo_vs_trl, with three seeds of everybody. Nothing is timed here: the
-machine may do other things meanwhile. Equal time is read off the tables of those three.
+The task of ppo_vs_llamafactory, ppo_vs_swift and ppo_vs_trl, with three seeds of everybody. Wall time is not in it, so
+the machine may do other things meanwhile: equal time is equal CPU time, of one thread each (OMP_NUM_THREADS=1).
 """
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,7 @@ from statistics import fmean
 
 from benchmarks import ppo_task, ppo_vs_llamafactory, ppo_vs_swift, ppo_vs_trl, turns
 from benchmarks.ppo_task import EPISODES, KL_COEFFICIENT
-from benchmarks.ppo_turns import CPU_SECONDS, TRAINED, Failure, Run, compete, ours, publish, reward_line, task_line
+from benchmarks.ppo_turns import TRAINED, Failure, Run, compete, ours, publish, reward_line, task_line
 from benchmarks.turns import DTYPES, environment, header, options, spread
 from rlhf_recipes.evaluation.intervals import interval
 
@@ -40,7 +39,7 @@ def main() -> None:
         ppo_vs_llamafactory.llamafactory(task, n, pythons["llamafactory"], "LLaMA-Factory", checkpointing=False),
         ppo_vs_swift.swift(task, n, pythons["swift"], "ms-swift", rollout=32),
         ppo_vs_trl.trl(task, n, pythons["trl"], "TRL", rollout=32),
-        ours(task, n, f"{DEFAULT}, nf4 in {short}", "quantization=nf4"),
+        ours(task, n, f"{DEFAULT}, nf4 in {short}", "quantization=nf4", once=True),
     ]
     results = compete(contestants, task, chosen, NAME)
     runs = {label: [turn for turn in of if isinstance(turn, Run)] for label, of in results.items()}
@@ -50,7 +49,7 @@ def main() -> None:
     draw(runs, turns.RESULTS / picture)
     lines = [
         *head,
-        *table(results, times(turns.RESULTS, chosen.dtype)),
+        *table(results),
         "",
         f"![Reward against the KL to the base, for each tool]({picture})",
         "",
@@ -63,15 +62,12 @@ def main() -> None:
     publish(NAME, lines, chosen)
 
 
-def table(results: Mapping[str, Sequence[Run | Failure]], time: Mapping[str, float]) -> list[str]:
-    """One row for each tool: what it has at the end, at two KLs that every run came to, and in the time of ours.
-
-    Args:
-        time: of an episode, as a multiple of ours, by label; rows without it have no reward at equal time.
-    """
+def table(results: Mapping[str, Sequence[Run | Failure]]) -> list[str]:
+    """One row for each tool: what it has at the end, at two KLs that every run came to, and in the time of ours."""
     runs = {label: [turn for turn in of if isinstance(turn, Run)] for label, of in results.items()}
     end = max(iteration for of in runs.values() for run in of for iteration in run.verdicts)
     shared = min(max(verdict.kl for verdict in run.verdicts.values()) for of in runs.values() for run in of)
+    own = runs.get(DEFAULT, [])
     kls = [0.05 * int(part * shared / 0.05) for part in (0.5, 1.0)]
     columns = [
         *("", f"reward after {end * EPISODES} episodes", "KL, nats", "KL by k3", f"reward - {KL_COEFFICIENT:g} KL"),
@@ -81,7 +77,9 @@ def table(results: Mapping[str, Sequence[Run | Failure]], time: Mapping[str, flo
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for label, of in runs.items():
         ends = [run.verdicts[end] for run in of]
-        slower = time.get(label)
+        # a row that ran once is compared with our first turn alone
+        beside = list(zip(of, own, strict=False))
+        slower = fmean(a.cpu_seconds_per_episode / b.cpu_seconds_per_episode for a, b in beside) if beside else None
         objective = interval([verdict.objective for verdict in ends])
         cells = [
             spread([verdict.reward for verdict in ends], 2),
@@ -131,28 +129,6 @@ def reward_after(run: Run, iterations: float) -> float | None:
     return None
 
 
-def times(folder: Path, dtype: str) -> dict[str, float]:
-    """CPU time of an episode as a multiple of ours, by this table's labels, from the tables of times as they are."""
-    nf4 = f"{DEFAULT}, nf4 in {DTYPES[dtype]}"
-    rows: dict[str, dict[str, str | None]] = {
-        "ppo_vs_llamafactory": {DEFAULT: None, "ours, all layers": None, "LLaMA-Factory": None},
-        "ppo_vs_swift": {"ms-swift, rollouts of 32": "ms-swift", nf4: None},
-        "ppo_vs_trl": {"TRL, rollouts of 32": "TRL"},
-    }
-    found = {}
-    for name, labels in rows.items():
-        file = folder / f"{turns.named(name, dtype)}.md"
-        ratio = None  # the column
-        for line in file.read_text().splitlines() if file.exists() else ():
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            label = re.sub(rf", {DTYPES[dtype]}(?=,|$)", "", cells[0])
-            if CPU_SECONDS in cells:
-                ratio = cells.index(CPU_SECONDS) + 1
-            elif ratio and label in labels and re.fullmatch(r"[\d.]+", cells[ratio]):
-                found[labels[label] or label] = float(cells[ratio])
-    return found
-
-
 def draw(runs: Mapping[str, Sequence[Run]], file: Path) -> None:
     """Reward against the KL, on an axis that goes with its root: the mean of each tool's turns; each turn faintly."""
     from matplotlib.figure import Figure
@@ -188,7 +164,7 @@ NOTES = [
     "estimate from the sampled tokens, whose tail is heavy. With one KL coefficient for all, reward less KL is what "
     "all tools maximize.",
     "- **At a KL**: where a run first comes to it, linear in the KL's root between snapshots. **In our time**: after "
-    "as many episodes as the tool makes in the time of our default row, by the tables of times, linear between "
+    "as many episodes as the tool makes in the CPU time of our default row (without the first iteration), linear between "
     "snapshots; a faster row has no more than its own episodes.",
 ]
 
