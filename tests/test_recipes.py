@@ -133,7 +133,7 @@ def test_metrics_are_json_with_the_figures_of_each_stage(chain):
     assert rm.keys() == measured
     assert rm["scale"] == chain.json("rm", "head.json")
     assert {"accuracies", "margins", "sft", "dpo", "change"} == dpo.keys()
-    assert {"objective", "sft", "ppo", "change"} <= ppo.keys() and isinstance(ppo["objective"], float)
+    assert {"objective", "kept", "sft", "ppo", "change"} <= ppo.keys() and isinstance(ppo["objective"], float)
     assert ppo["self_test"]["kl"] == ppo["self_test"]["base"] == 0 and ppo["self_test"]["reward"] < 1e-3
     for metrics, policies in ((sft, ("base", "sft")), (dpo, ("sft", "dpo")), (ppo, ("sft", "ppo"))):
         for policy in policies:
@@ -519,6 +519,7 @@ def test_eval_measures_every_policy_of_the_run_and_the_best_of_n(compared):
     assert wins == [(p, "gold", True) for p in others] + seen
     assert all(low <= mean <= high for row in metrics["win_rates"] for mean, low, high, *_ in [row["win_rate"]])
     assert metrics["reward_model"]["accuracy"] == json.loads((folder / "rm/metrics.json").read_text())["accuracy"]
+    assert metrics["kept"] == {"ppo": json.loads((folder / "ppo/metrics.json").read_text())["kept"]}
     assert "no evidence" in output and "at equal length" in output
 
 

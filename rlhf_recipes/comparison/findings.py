@@ -48,6 +48,7 @@ def gather(
         },
         "made_from": made_from(compared, answers),
         "policies": found,
+        "kept": {} if cfg.eval.prompts else _kept(compared),
         "win_rates": win_rates(
             answers, compared.baseline, judges, [row.get(CATEGORY) for row in asked], each, compared.optimized
         ),
@@ -67,6 +68,13 @@ def made_from(compared: Compared, answers: Mapping[str, Answers]) -> dict[str, A
         "reward_model": common.get("reward model"),
         "by_reward_model": [r.measure for r in judged] + ["reward", "reward spread"] * any(r.weight for r in judged),
     }
+
+
+def _kept(compared: Compared) -> dict[str, str]:
+    """Which policies are the best of how many looks at the held-out prompts, by name."""
+    stages = {policy.name: policy.stage.path for policy in compared.policies if policy.stage is not None}
+    found = {name: json.loads((path / "metrics.json").read_text()) for name, path in stages.items()}
+    return {name: metrics["kept"] for name, metrics in found.items() if "kept" in metrics}
 
 
 def measures(answers: Answers, samples: int, *, gold: bool) -> dict[str, Interval]:
@@ -203,6 +211,10 @@ def tell(metrics: Mapping[str, Any]) -> str:
     parts = [figures.table([{"policy": name} | {c: of.get(c) for c in shown} for name, of in policies.items()])]
     if mark := figures.few(metrics["prompts"]["count"]):
         parts.append(f"Rough intervals{mark}")
+    for name, looks in metrics.get("kept", {}).items():
+        parts.append(
+            f"{name} is the {looks} at held-out data, which flatters it here a little; eval.prompts asks others"
+        )
     rows = [
         {
             f"against {metrics['baseline']}": f"{row['policy']} *" if not row["evidence"] else row["policy"],
