@@ -34,16 +34,24 @@ def main(runs_dir: str = "runs/benchmark") -> None:
     for seed in SEEDS:
         for stage in STAGES:
             options = [f"run=seed{seed}", f"seed={seed}", f"runs_dir={runs_dir}", f"evaluation.samples={SAMPLES}"]
-            subprocess.run([sys.executable, "-m", f"recipes.{stage}", *options], check=True)
-        compared = [*options[:3], f"evaluation.samples={COMPARED}", f"eval.policies=[{','.join(POLICIES)}]"]
+            kept = ["training.save_total_limit=null"] if stage == "ppo" else []
+            subprocess.run([sys.executable, "-m", f"recipes.{stage}", *options, *kept], check=True)
+        policies = [*POLICIES, *map(str, checkpoints(Path(runs_dir), seed).values())]
+        compared = [*options[:3], f"evaluation.samples={COMPARED}", f"eval.policies=[{','.join(policies)}]"]
         subprocess.run([sys.executable, "-m", "recipes.eval", *compared], check=True)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(report(Path(runs_dir)))
 
 
+def checkpoints(runs: Path, seed: int) -> dict[int, Path]:
+    """The folders of PPO's checkpoints, by step."""
+    folders = (runs / f"seed{seed}" / "ppo" / "checkpoints").glob("checkpoint-*")
+    return dict(sorted((int(folder.name.partition("-")[2]), folder) for folder in folders))
+
+
 def report(runs: Path) -> str:
     """The table in Markdown, from the metrics and manifests of the runs."""
-    lines, accuracy, checkpoints = [], [], []
+    lines, accuracy, looks = [], [], []
     for seed in SEEDS:
         metrics = {stage: json.loads((runs / f"seed{seed}" / stage / "metrics.json").read_text()) for stage in STAGES}
         for name, stage in (("sft", "sft"), ("dpo", "dpo"), ("change", "dpo"), ("ppo", "ppo"), ("change", "ppo")):
@@ -53,7 +61,9 @@ def report(runs: Path) -> str:
             lines.append(f"| {seed} | {label} | " + " | ".join(cells) + " |")
         accuracy.append(reward_model_row(runs / f"seed{seed}", seed))
         log = [json.loads(line) for line in (runs / f"seed{seed}" / "ppo" / "log.jsonl").read_text().splitlines()]
-        checkpoints += checkpoint_rows(seed, metrics["ppo"], log)
+        judged = json.loads((runs / f"seed{seed}" / "eval" / "metrics.json").read_text())["policies"]
+        again = {step: judged[str(folder)] for step, folder in checkpoints(runs, seed).items()}
+        looks += checkpoint_rows(seed, metrics["ppo"], log, again)
     manifest = json.loads((runs / "seed0" / "ppo" / "manifest.json").read_text())
     return "\n".join(
         [
@@ -75,28 +85,44 @@ def report(runs: Path) -> str:
             "|---|---|---|---|---|---|",
             *accuracy,
             "",
-            "The checkpoints that PPO looked at on one sample of each held-out prompt; the KL is summed over the",
-            "vocabulary. The last column is half of the 95% interval of the KL above, as a fraction of it:",
+            "The checkpoints that PPO looked at, on one sample of each held-out prompt; it keeps the best of its looks.",
+            f"*Again*: measured on {COMPARED} other samples of each prompt. The KL is summed over the vocabulary; its",
+            "interval is half of the 95% interval as a fraction of the KL.",
             "",
-            "| seed | step | reward | KL to SFT | reward - beta x KL | kept | best | interval of the KL |",
-            "|---" * 8 + "|",
-            *checkpoints,
+            "| seed | step | reward | KL to SFT | reward - beta x KL | kept | reward again | KL again | interval of the KL "
+            "| reward - beta x KL again | best again |",
+            "|---" * 11 + "|",
+            *looks,
             "",
         ]
     )
 
 
-def checkpoint_rows(seed: int, metrics: Mapping[str, Any], log: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each checkpoint that PPO looked at; the stage keeps the one whose objective is in its metrics."""
+def checkpoint_rows(
+    seed: int, metrics: Mapping[str, Any], log: Sequence[Mapping[str, Any]], again: Mapping[int, Mapping[str, Any]]
+) -> list[str]:
+    """A line for each checkpoint that PPO looked at; the stage keeps the one whose objective is in its metrics.
+
+    Args:
+        again: by step, what `make eval` measures of it.
+    """
     looks = [entry for entry in log if "eval_objective" in entry]
-    mean, half_width = metrics["ppo"]["KL to SFT"]
-    best = max(look["eval_objective"] for look in looks)
+    beta = compose("ppo", []).training.beta
+    objective = {step: of["reward"][0] - beta * of["KL to SFT"][0] for step, of in again.items()}
     lines = []
     for look in looks:
-        figures = [f"{look[key]:.3f}" for key in ("eval_reward", "eval_kl", "eval_objective")]
-        kept, is_best = look["eval_objective"] == metrics["objective"], look["eval_objective"] == best
-        marks = ["yes" if kept else "", "yes" if is_best else "", f"{half_width / mean:.1%}" if kept else ""]
-        lines.append(f"| {' | '.join([str(seed), str(look['step']), *figures, *marks])} |")
+        step = int(look["step"])
+        (kl, half_width), kept = again[step]["KL to SFT"], look["eval_objective"] == metrics["objective"]
+        cells = [
+            *(f"{look[key]:.3f}" for key in ("eval_reward", "eval_kl", "eval_objective")),
+            "yes" if kept else "",
+            f"{again[step]['reward'][0]:.3f}",
+            f"{kl:.3f}",
+            f"{half_width / kl:.1%}",
+            f"{objective[step]:.3f}",
+            "yes" if objective[step] == max(objective.values()) else "",
+        ]
+        lines.append(f"| {' | '.join([str(seed), str(step), *cells])} |")
     return lines
 
 

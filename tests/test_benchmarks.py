@@ -556,15 +556,16 @@ def test_cells_are_the_recipes_with_the_cards_own_preset(stage: str, card: int, 
     assert cell.tokens(cell.arguments(tmp_path)) == 768 * {"sft": 32, "rm": 64, "dpo": 64, "ppo": 128}[stage]
 
 
-def test_the_best_of_ppos_checkpoints_is_marked_beside_the_one_that_was_kept() -> None:
+def test_the_best_of_ppos_checkpoints_by_a_second_measurement_is_marked_beside_the_one_that_was_kept() -> None:
     looks = [(42, 0.3), (84, 0.4)]
     log = [{"step": s, "eval_reward": 0.6, "eval_kl": 0.5, "eval_objective": o} for s, o in looks]
-    metrics = {"objective": 0.3, "ppo": {"KL to SFT": [0.5, 0.04]}}
+    again = {42: {"reward": [0.7, 0.1], "KL to SFT": [0.8, 0.04]}, 84: {"reward": [0.6, 0.1], "KL to SFT": [0.2, 0.02]}}
 
-    first, last = cells_of(embedded.checkpoint_rows(3, metrics, [{"step": 1, "kl": 0.1}, *log]))
+    rows = embedded.checkpoint_rows(3, {"objective": 0.3}, [{"step": 1, "kl": 0.1}, *log], again)
 
-    assert first == ["3", "42", "0.600", "0.500", "0.300", "yes", "", "8.0%"]
-    assert last == ["3", "84", "0.600", "0.500", "0.400", "", "yes", ""]
+    first, last = cells_of(rows)
+    assert first == ["3", "42", "0.600", "0.500", "0.300", "yes", "0.700", "0.800", "5.0%", "0.500", ""]
+    assert last == ["3", "84", "0.600", "0.500", "0.400", "", "0.600", "0.200", "10.0%", "0.550", "yes"]
 
 
 # Interruptions
