@@ -85,12 +85,12 @@ def report(runs: Path) -> str:
             "|---|---|---|---|---|---|",
             *accuracy,
             "",
-            "The checkpoints that PPO looked at, on one sample of each held-out prompt; it keeps the best of its looks.",
+            "The checkpoints that PPO looked at, on one sample of each held-out prompt; it keeps the best by them.",
             f"*Again*: measured on {COMPARED} other samples of each prompt. The KL is summed over the vocabulary; its",
             "interval is half of the 95% interval as a fraction of the KL.",
             "",
-            "| seed | step | reward | KL to SFT | reward - beta x KL | kept | reward again | KL again | interval of the KL "
-            "| reward - beta x KL again | best again |",
+            "| seed | step | reward | KL to SFT | reward - beta x KL | kept | reward again | KL again | its interval | "
+            "reward - beta x KL again | best again |",
             "|---" * 11 + "|",
             *looks,
             "",

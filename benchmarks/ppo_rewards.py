@@ -164,8 +164,8 @@ NOTES = [
     "estimate from the sampled tokens, whose tail is heavy. With one KL coefficient for all, reward less KL is what "
     "all tools maximize.",
     "- **At a KL**: where a run first comes to it, linear in the KL's root between snapshots. **In our time**: after "
-    "as many episodes as the tool makes in the CPU time of our default row (without the first iteration), linear between "
-    "snapshots; a faster row has no more than its own episodes.",
+    "as many episodes as the tool makes in the CPU time of our default row (without the first iteration), linear "
+    "between snapshots; a faster row has no more than its own episodes.",
 ]
 
 
