@@ -16,7 +16,7 @@ from statistics import fmean
 from benchmarks import ppo_task, ppo_vs_llamafactory, ppo_vs_swift, ppo_vs_trl, turns
 from benchmarks.ppo_task import EPISODES, KL_COEFFICIENT
 from benchmarks.ppo_turns import TRAINED, Failure, Run, compete, ours, publish, reward_line, task_line
-from benchmarks.turns import DTYPES, environment, header, options, spread
+from benchmarks.turns import environment, header, options, spread
 from rlhf_recipes.evaluation.intervals import interval
 
 NAME = "ppo_rewards"
@@ -27,7 +27,7 @@ def main() -> None:
     """Run everybody in turns, judge what they kept, and write the tables and the curves."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     chosen = options(NAME, __doc__, judged=True)
-    short, n = DTYPES[chosen.dtype], chosen.iterations
+    n = chosen.iterations
     rivals = {"llamafactory": ppo_vs_llamafactory, "swift": ppo_vs_swift, "trl": ppo_vs_trl}
     pythons = {name: environment(chosen.cache, name, rival.REQUIREMENTS) for name, rival in rivals.items()}
     task = ppo_task.prepare(chosen.cache, chosen.model, chosen.dtype)
@@ -39,7 +39,6 @@ def main() -> None:
         ppo_vs_llamafactory.llamafactory(task, n, pythons["llamafactory"], "LLaMA-Factory", checkpointing=False),
         ppo_vs_swift.swift(task, n, pythons["swift"], "ms-swift", rollout=32),
         ppo_vs_trl.trl(task, n, pythons["trl"], "TRL", rollout=32),
-        ours(task, n, f"{DEFAULT}, nf4 in {short}", "quantization=nf4", once=True),
     ]
     results = compete(contestants, task, chosen, NAME)
     runs = {label: [turn for turn in of if isinstance(turn, Run)] for label, of in results.items()}
