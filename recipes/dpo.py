@@ -26,6 +26,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     from rlhf_recipes import evaluation, models
     from rlhf_recipes.backoff import back_off
+    from rlhf_recipes.finite import StopAtNonFinite
     from rlhf_recipes.guard.callback import watch
     from rlhf_recipes.preferences import PairDPOTrainer
     from rlhf_recipes.roles import POLICY, REFERENCE
@@ -41,6 +42,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     trainer = PairDPOTrainer(policy, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
     roles = models.thaw(policy, cfg.trunk, cfg.frozen_top)
     back_off(trainer, pairs=True)
+    StopAtNonFinite(trainer)
     watched = watch(trainer, roles, tokenizer, cfg, unseen)
     terminal.progress(trainer, "dpo")
     stage.train(trainer)

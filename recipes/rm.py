@@ -23,6 +23,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     from rlhf_recipes import evaluation, models, reward_model
     from rlhf_recipes.backoff import back_off
+    from rlhf_recipes.finite import StopAtNonFinite
     from rlhf_recipes.preferences import PairRewardTrainer
 
     args = build(RewardConfig, cfg.training, **stage.arguments, **models.precision(cfg))
@@ -36,6 +37,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     trainer = PairRewardTrainer(model, args, train_dataset=pairs, eval_dataset=heldout, processing_class=tokenizer)
     models.thaw(model, cfg.trunk, cfg.frozen_top)
     back_off(trainer, pairs=True)
+    StopAtNonFinite(trainer)
     terminal.progress(trainer, "rm")
     stage.train(trainer)
 

@@ -23,6 +23,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
 
     from rlhf_recipes import evaluation, models
     from rlhf_recipes.backoff import back_off
+    from rlhf_recipes.finite import StopAtNonFinite
     from rlhf_recipes.roles import POLICY
 
     args = build(SFTConfig, cfg.training, **stage.arguments, **models.precision(cfg))
@@ -38,6 +39,7 @@ def train(cfg: DictConfig, stage: Stage) -> dict[str, object]:
     trainer = SFTTrainer(policy, args, train_dataset=train, eval_dataset=test, processing_class=tokenizer)
     roles = models.thaw(policy, trunk=0)
     back_off(trainer)
+    StopAtNonFinite(trainer)
     terminal.progress(trainer, "sft")
     stage.train(trainer)
 

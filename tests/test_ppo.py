@@ -637,7 +637,7 @@ def test_training_stops_over_the_kl_budget_and_says_so(make_trainer, caplog):
 
 def test_a_loss_that_is_no_number_ends_the_run_with_a_plain_message(make_trainer):
     trainer = make_trainer(learning_rate=1e30)
-    with pytest.raises(UserError, match=r"policy loss became nan at step 1.*learning_rate"):
+    with pytest.raises(UserError, match=r"(?s)the loss became nan at step 1\..*w3.*lower training.learning_rate"):
         trainer.train()
 
 
@@ -645,7 +645,7 @@ def test_an_infinite_reward_is_refused_with_the_function_and_the_completion(make
     def divide(completions, **kwargs):
         return [float("inf")] * len(completions)
 
-    with pytest.raises(UserError, match="reward `divide` is inf for the completion"):
+    with pytest.raises(UserError, match=r"`divide` at step 0 returned inf for the completion"):
         make_trainer(reward_funcs=divide).train()
 
 

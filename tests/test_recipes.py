@@ -16,7 +16,7 @@ import pytest
 import torch
 from commands import OWN, done, run, small_runs
 
-from rlhf_recipes import evaluation, models, world
+from rlhf_recipes import evaluation, models, terminal, world
 from rlhf_recipes.config import compose
 from rlhf_recipes.roles import HEAD_KEY, POLICY, REFERENCE, Roles, read_adapter
 from rlhf_recipes.runs import Stage
@@ -436,6 +436,25 @@ def test_a_stage_that_was_broken_off_ends_with_the_weights_of_an_unbroken_one(ch
     assert "resumes from checkpoint-2" in done(stage, *args)
     weights = "adapter_model.safetensors"
     assert sha(folder / stage / weights) == sha(chain.folder / stage / weights)
+
+
+@quantized
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_with_a_nan_gradient_ends_in_one_message_and_makes_nothing(chain, stage, monkeypatch):
+    shown, folder = terminal.progress, chain.folder.with_name(f"{chain.folder.name}_nan_{stage}")
+    for before in {"rm": ["sft"], "dpo": ["sft"], "ppo": ["sft", "rm"]}.get(stage, []):
+        shutil.copytree(chain.folder / before, folder / before)
+
+    def progress(trainer, stage):
+        shown(trainer, stage)
+        first = next(p for p in trainer.model.parameters() if p.requires_grad)
+        first.register_hook(lambda gradient: gradient * float("nan"))
+
+    monkeypatch.setattr(terminal, "progress", progress)
+    code, output = run(stage, *chain.overrides(stage), f"run={folder.name}")
+    assert code == 2 and "Traceback" not in output
+    assert "the gradient norm became nan at step 0.\nIts rows:\n  " in output
+    assert not (folder / stage).exists()
 
 
 KILLING = '''

@@ -240,6 +240,7 @@ DECIDED = {
     "training.output_dir": "the run decides it: use run=<name> or runs_dir=<folder>",
     "training.resume_from_checkpoint": "a stage that was broken off resumes by itself; overwrite=true starts it afresh",
     "training.save_only_model": "a stage that is broken off cannot resume without optimizer and random state",
+    "training.logging_nan_inf_filter": "a loss that is NaN or infinite ends the stage, and is not filtered",
     "training.model_init_kwargs": "use the keys of model and quantization",
     "training.trust_remote_code": "use model.trust_remote_code",
     "training.chat_template_path": "use model.chat_template",

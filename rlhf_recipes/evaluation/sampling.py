@@ -20,6 +20,8 @@ from transformers import (
 
 from rlhf_recipes.backoff import in_chunks
 from rlhf_recipes.data.formats import is_conversational, render, render_prompt
+from rlhf_recipes.errors import UserError, first_sentence
+from rlhf_recipes.finite import non_finite, some
 from rlhf_recipes.portions import prefill_chunk
 from rlhf_recipes.roles import Episodes
 
@@ -128,10 +130,24 @@ def _seed(*numbers: int) -> int:
 
 @contextmanager
 def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Put a config in the place of the model's own: `generate` fills what it is not given from that one."""
+    """Put a config in the place of the model's own: `generate` fills what it is not given from that one.
+
+    Raises:
+        UserError: the model's probabilities are NaN or infinite.
+    """
     own, model.generation_config = model.generation_config, config
     try:
         yield
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        holds = (
+            f"its weights hold NaN or infinity: {some(bad)}" if (bad := non_finite(model.named_parameters())) else ""
+        )
+        raise UserError(
+            f"cannot sample from the model: its probabilities are NaN or infinite ({holds or first_sentence(error)}). "
+            "Download the base again, or make the stage again that gave its adapter"
+        ) from error
     finally:
         model.generation_config = own
 

@@ -34,6 +34,7 @@ from rlhf_recipes.data.lengths import check_batch
 from rlhf_recipes.ensembles import Ensemble, spread
 from rlhf_recipes.errors import UserError
 from rlhf_recipes.evaluation.sampling import generating_by
+from rlhf_recipes.finite import StopAtNonFinite
 from rlhf_recipes.models import fingerprint
 from rlhf_recipes.portions import prefill_chunk
 from rlhf_recipes.ppo.advantages import (
@@ -186,6 +187,7 @@ class PPOTrainer(GRPOTrainer):
         self._rollout_batch_size, self._score_batch_size = args.rollout_batch_size, args.per_device_train_batch_size
         self.add_callback(_BetweenIterations(self))
         back_off(self)
+        self.finite = StopAtNonFinite(self)
 
     def _assign_roles(self, reward_adapters: list[Path]) -> Roles:
         """Add reference, reward and value to the policy, and settle what trains."""
@@ -273,6 +275,9 @@ class PPOTrainer(GRPOTrainer):
                 rollout.trunk = self._compute(rollout, lambda ids, mask, _: self.roles.trunk_states(ids, mask))
             scored = [x.unbind(-1) for x in self._compute(rollout, self._logps_and_kl)]
         rollout.logps, rollout.ref_logps, rollout.kl = map(rollout.join, zip(*scored, strict=True))
+        for whose, x in {"policy's": rollout.logps, "reference's": rollout.ref_logps}.items():
+            self.finite.refuse(f"a log-probability of the {whose}", x, rollout.input_ids, rollout.mask)
+        self.finite.refuse("the KL to the reference", rollout.kl, rollout.input_ids, rollout.mask)
         return rollout
 
     def _logps_and_kl(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> Tensor:
@@ -378,7 +383,10 @@ class PPOTrainer(GRPOTrainer):
         if rewards.isinf().any():
             row, function = rewards.isinf().nonzero()[0].tolist()
             name, completion = self.reward_func_names[function], completions[row % len(completions)]
-            raise UserError(f"reward `{name}` is {rewards[row, function].item()} for the completion {completion!r}")
+            raise UserError(
+                f"reward `{name}` is {rewards[row, function].item()} at step {self.state.global_step} for the "
+                f"completion {completion!r:.200}. {RESUME}"
+            )
         if self.model.training and rewards.isnan().all():
             raise self._nothing_scored()
         scores = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
@@ -480,6 +488,7 @@ class PPOTrainer(GRPOTrainer):
         args, mask = self.args, rollout.mask
         with self._timed("score"), self.roles.active(VALUE):
             values = self.return_scale.restored(rollout.join(self._compute(rollout, self._values))) * mask
+        self.finite.refuse("a value of the critic", values, rollout.input_ids)
         rewards, scored = self._token_rewards(rollout, scores)  # an episode that nothing scored teaches nothing
         advantages = gae(rewards, values, mask, args.gamma, args.lam) * scored
         returns = torch.where(scored, gae(rewards, values, mask, args.gamma, args.value_lam) + values, values)
@@ -520,8 +529,11 @@ class PPOTrainer(GRPOTrainer):
                     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
                 if step % args.gradient_accumulation_steps == 0:
                     self._reduce_critic()
-                    if math.isfinite(self._clip_critic()):
+                    norm = self._clip_critic()
+                    self.finite.refuse_norm("the gradient norm of the critic's pretraining", norm)
+                    if math.isfinite(norm):
                         optimizer.step()
+                    self.finite.count()
                     optimizer.zero_grad()
 
     def _value_gradients(self, inputs: dict[str, Any]) -> list[Tensor]:
@@ -623,11 +635,6 @@ class PPOTrainer(GRPOTrainer):
         with self._timed("policy"), self.roles.trunk_given(inputs.get("trunk")), self._entropy_share(inputs):
             loss = super()._compute_loss(model, inputs)
             self._note_ratio(inputs)
-        if not math.isfinite(loss.item()):
-            raise UserError(
-                f"the policy loss became {loss.item()} at step {self.state.global_step}; nothing after the last "
-                "checkpoint is kept. Lower training.learning_rate or training.max_grad_norm, and run the command again."
-            )
         return loss
 
     @contextmanager
@@ -724,7 +731,9 @@ class PPOTrainer(GRPOTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # gradients are unscaled (fp16) from here on
         if any(p.grad is not None for p in self.roles.trained.get(VALUE, ())):
-            self._metrics["train"]["value_grad_norm"].append(self._clip_critic())
+            value_norm = self._clip_critic()
+            self.finite.refuse_norm("the gradient norm of the critic", value_norm, self.finite.rows_of_step)
+            self._metrics["train"]["value_grad_norm"].append(value_norm)
         return norm
 
     # ---- evaluation, checkpoints

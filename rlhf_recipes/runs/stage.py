@@ -285,16 +285,21 @@ class Stage:
             base_fingerprint: of the base model, checked as by `check_base`.
 
         Raises:
-            UserError: the disk is full; checkpoints stay, and the stage stays unfinished.
+            UserError: an artefact holds NaN or infinity, or the disk is full; checkpoints stay, and the stage stays
+                unfinished.
         """
         if base_fingerprint is not None:
             self.check_base(base_fingerprint)
         if not self._lock:
             return
+        from rlhf_recipes.finite import SKIPPED, refuse_saved, skipped_steps
+
         saving = self.saving
+        metrics = {**metrics, SKIPPED: skipped} if (skipped := skipped_steps(log)) else metrics
         try:
             if save is not None:
                 save(str(saving))
+            refuse_saved(saving.rglob("*"), self.checkpoints_dir)
             for name in REPLACED:
                 (saving / name).unlink(missing_ok=True)
             made = {str(f.relative_to(saving)): f for f in sorted(saving.rglob("*")) if f.is_file()}
