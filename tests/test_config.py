@@ -44,7 +44,7 @@ def test_the_same_overrides_are_accepted_by_every_recipe(name: str) -> None:
 def test_every_option_of_the_library_is_an_override_without_a_plus(name: str) -> None:
     settable = [key for key, option in options(name).items() if key not in DECIDED and option.annotation == "bool"]
     settable = [key for key in settable if not key.startswith(("quantization.", "guard.")) and key != "training.fp16"]
-    assert len(settable) > 40
+    assert len(settable) >= 40, "the listing finds them"
     cfg = compose(name, [f"{key}=true" for key in settable])
     assert all(OmegaConf.select(cfg, key) is True for key in settable)
 
