@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class StopAtNonFinite(TrainerCallback):
             raise self.error("the loss on held-out rows", loss)
 
 
-def skipped_steps(log: Iterable[dict[str, Any]]) -> int:
+def skipped_steps(log: Iterable[Mapping[str, Any]]) -> int:
     """How many optimizer steps fp16's GradScaler has skipped, by a trainer's log history."""
     return max((int(row.get(SKIPPED, 0)) for row in log), default=0)
 

@@ -180,9 +180,8 @@ def _take_card(preset: str) -> str | None:
     elif found is not None:
         # its backward pass gives NaN on Hopper, and it is faster nowhere else (pytorch/pytorch issue 196678)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        if (
-            on_wsl()
-        ):  # Windows lends main memory to a full card, at a tenth of the speed, and no error (WSL issue 11050)
+        # Windows lends main memory to a full card, at a tenth of the speed, and no error comes (WSL issue 11050)
+        if on_wsl():
             share = found.free * (1 - SPARED_ON_WSL) / found.total
             torch.cuda.set_per_process_memory_fraction(share, int(os.environ.get("LOCAL_RANK", 0)))
         if preset == "auto" and os.environ.get("RANK", "0") == "0":

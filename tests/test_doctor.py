@@ -7,8 +7,7 @@ import pytest
 import torch
 from commands import run
 
-from recipes import doctor
-from rlhf_recipes import machine
+from rlhf_recipes import doctor, machine
 from rlhf_recipes.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("terminal_left_alone")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.optimizer import patch_optimizer_step
+from gradient_scaler import scale_gradients
 from safetensors.torch import load_file, save_file
 from test_backoff import STAGES, dpo, ppo, rm, sft  # noqa: F401, as fixtures: a tiny trainer of each stage
 from transformers import GenerationConfig, TrainerCallback
@@ -153,13 +153,7 @@ class Scaler(TrainerCallback):
     """What accelerate sets up for fp16 on a GPU, with torch's own GradScaler."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        accelerator, scaler = self.trainer.accelerator, torch.amp.GradScaler("cpu", init_scale=2.0**16)
-        accelerator.scaler = scaler
-        for optimizer in accelerator._optimizers:
-            optimizer.scaler, optimizer._accelerate_step_called = scaler, False
-            optimizer._optimizer_original_step_method = optimizer.optimizer.step
-            optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, optimizer.optimizer.step)
-        accelerator.unscale_gradients = lambda _=None: [scaler.unscale_(o.optimizer) for o in accelerator._optimizers]
+        scale_gradients(self.trainer.accelerator)
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.optimizer import patch_optimizer_step
 from datasets import Dataset
+from gradient_scaler import scale_gradients
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PromptTuningConfig, VeraConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import GRPOTrainer
@@ -710,13 +710,7 @@ class Overflow(TrainerCallback):
         self.role, self.step, self.moved, self.trainer = role, step, [], None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        accelerator, scaler = self.trainer.accelerator, torch.amp.GradScaler("cpu", init_scale=2.0**16)
-        accelerator.scaler = scaler
-        for optimizer in accelerator._optimizers:
-            optimizer.scaler, optimizer._accelerate_step_called = scaler, False
-            optimizer._optimizer_original_step_method = optimizer.optimizer.step
-            optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, optimizer.optimizer.step)
-        accelerator.unscale_gradients = lambda _=None: [scaler.unscale_(o.optimizer) for o in accelerator._optimizers]
+        scale_gradients(self.trainer.accelerator)
         self.trainer.roles.trained[self.role][0].register_hook(
             lambda gradient: gradient * float("nan") if self.trainer.state.global_step == self.step else gradient
         )

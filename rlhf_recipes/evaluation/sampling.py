@@ -141,11 +141,10 @@ def generating_by(model: PreTrainedModel, config: GenerationConfig) -> Iterator[
     except RuntimeError as error:
         if "probability tensor contains" not in str(error):
             raise
-        holds = (
-            f"its weights hold NaN or infinity: {some(bad)}" if (bad := non_finite(model.named_parameters())) else ""
-        )
+        bad = non_finite(model.named_parameters())
+        why = f"its weights hold NaN or infinity: {some(bad)}" if bad else first_sentence(error)
         raise UserError(
-            f"cannot sample from the model: its probabilities are NaN or infinite ({holds or first_sentence(error)}). "
+            f"cannot sample from the model: its probabilities are NaN or infinite ({why}). "
             "Download the base again, or make the stage again that gave its adapter"
         ) from error
     finally:

@@ -71,9 +71,9 @@ def parse(arguments: Sequence[str], story: str) -> Asked:
 
 def row(plan: Plan, limit: int | None) -> dict[str, str]:
     """The line of a stage in the table, in GB."""
-    cells = {part: f"{size / 2**30:.2f}" if size else "-" for part, size in plan.parts.items()}
+    cells = {part: f"{size / GB:.2f}" if size else "-" for part, size in plan.parts.items()}
     fits = {} if limit is None else {"fits": "yes" if plan.peak <= limit else "no"}
-    return {"GB": plan.stage, **cells, "peak": f"{plan.peak / 2**30:.2f}", **fits, "comes in": plan.phase}
+    return {"GB": plan.stage, **cells, "peak": f"{plan.peak / GB:.2f}", **fits, "comes in": plan.phase}
 
 
 def assumptions(asked: Asked) -> str:

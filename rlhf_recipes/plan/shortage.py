@@ -76,5 +76,5 @@ def _figures(stage: str, cfg: DictConfig, card: float | None) -> Iterator[str]:
 def _told(plan: Plan) -> str:
     """The peak of a plan and its largest parts."""
     parts = sorted(((size, part) for part, size in plan.parts.items() if size), reverse=True)
-    largest = ", ".join(f"{part} {size / 2**30:.2f}" for size, part in parts[:4])
-    return f"{plan.peak / 2**30:.2f} GB at its peak ({plan.phase}: {largest})"
+    largest = ", ".join(f"{part} {size / machine.GB:.2f}" for size, part in parts[:4])
+    return f"{plan.peak / machine.GB:.2f} GB at its peak ({plan.phase}: {largest})"
