@@ -645,7 +645,7 @@ def test_an_infinite_reward_is_refused_with_the_function_and_the_completion(make
     def divide(completions, **kwargs):
         return [float("inf")] * len(completions)
 
-    with pytest.raises(UserError, match=r"`divide` at step 0 returned inf for the completion"):
+    with pytest.raises(UserError, match=r"reward `divide` is inf for the completion .* at step 0"):
         make_trainer(reward_funcs=divide).train()
 
 

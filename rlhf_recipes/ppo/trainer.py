@@ -384,8 +384,8 @@ class PPOTrainer(GRPOTrainer):
             row, function = rewards.isinf().nonzero()[0].tolist()
             name, completion = self.reward_func_names[function], completions[row % len(completions)]
             raise UserError(
-                f"reward `{name}` is {rewards[row, function].item()} at step {self.state.global_step} for the "
-                f"completion {completion!r:.200}. {RESUME}"
+                f"reward `{name}` is {rewards[row, function].item()} for the completion {completion!r:.200} "
+                f"at step {self.state.global_step}. {RESUME}"
             )
         if self.model.training and rewards.isnan().all():
             raise self._nothing_scored()
